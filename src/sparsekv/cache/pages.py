@@ -1,0 +1,94 @@
+"""The pool: pages of C token slots of one KV head's keys and values, allocated once for all rows, layers and heads.
+
+Free pages form a stack on the device, so that taking one in a decode step needs no host. A page may have several owners
+(a forked prompt); `extra_owners` counts those beyond the first, so that a fresh page needs no write.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: int | str) -> int:
+    """Bytes from 123, "512MiB" or "2 GiB". Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
+    unit = match and _UNITS.get(match[2].upper())
+    if not match or not unit or float(match[1]) <= 0:
+        raise ValueError(f"{text!r} is not a size of memory; write a number of bytes or one like '512MiB' or '2GiB'")
+    return int(float(match[1]) * unit)
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in the unit that reads best: 1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
+
+
+class PagePool:
+    """kv: [pages, 2, page_size, head_dim]; free: int32 [pages]; free_count: int32 [1]; extra_owners: int32 [pages]."""
+
+    def __init__(
+        self, pages: int, *, page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self.kv = torch.zeros(pages, 2, page_size, head_dim, dtype=dtype, device=device)
+        self.free = torch.arange(pages - 1, -1, -1, dtype=torch.int32, device=device)
+        self.free_count = torch.full((1,), pages, dtype=torch.int32, device=device)
+        self.extra_owners = torch.zeros(pages, dtype=torch.int32, device=device)
+
+    @property
+    def pages(self) -> int:
+        return self.kv.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.kv.shape[2]
+
+    @property
+    def page_bytes(self) -> int:
+        return self.kv[0].numel() * self.kv.element_size() if self.pages else 0
+
+    @property
+    def pages_free(self) -> int:
+        return int(self.free_count)
+
+    @property
+    def pages_in_use(self) -> int:
+        return self.pages - self.pages_free
+
+    def take(self, count: int) -> Tensor:
+        """int64 [count] page ids. Raises ValueError where fewer are free; nothing is taken then."""
+        free = self.pages_free
+        if count > free:
+            raise ValueError(self.shortage(count))
+        self.free_count -= count
+        return self.free[free - count : free].long()
+
+    def share(self, ids: Tensor) -> None:
+        """Give each page in ids (int64 [n], may repeat) one owner more."""
+        self.extra_owners += torch.bincount(ids, minlength=self.pages).int()
+
+    def release(self, ids: Tensor) -> None:
+        """Take one owner away for each occurrence in ids (int64 [n]); pages without owners become free."""
+        gone = torch.bincount(ids, minlength=self.pages).int()
+        left = self.extra_owners + 1 - gone
+        assert bool((left[gone > 0] >= 0).all()), "a page was released more often than it was owned"
+        freed = ((gone > 0) & (left == 0)).nonzero()[:, 0].int()
+        self.extra_owners.copy_(torch.where(gone > 0, (left - 1).clamp(min=0), self.extra_owners))
+        free = self.pages_free
+        self.free[free : free + len(freed)] = freed
+        self.free_count += len(freed)
+
+    def shortage(self, needed: int) -> str:
+        """The sentence for a request that does not fit."""
+        size = self.page_bytes
+        return (
+            f"the KV pool is full: {human_bytes(needed * size)} ({needed} pages) are needed and "
+            f"{human_bytes(self.pages_free * size)} of {human_bytes(self.pages * size)} are free; "
+            "pass a larger kv_memory, raise the compression ratio, or use fewer or shorter sequences"
+        )

@@ -1,0 +1,29 @@
+"""Dynamic Memory Sparsification as mathematics: pure functions and one small module (arXiv 2506.05345).
+
+Uses nothing else of sparsekv. Positions count from 0; one logit per token and KV head.
+"""
+
+from sparsekv.dms.heads import EvictionHead, linear_logits, neuron_logits
+from sparsekv.dms.losses import bernoulli_kl, hinge, kl_student_teacher, kl_teacher_student
+from sparsekv.dms.schedule import compression_ratio, target_fraction
+from sparsekv.dms.visibility import NEVER, align, expiry, gate_logits, hard_log_keep, log_keep, marks, visible
+
+__all__ = [
+    "NEVER",
+    "EvictionHead",
+    "align",
+    "bernoulli_kl",
+    "compression_ratio",
+    "expiry",
+    "gate_logits",
+    "hard_log_keep",
+    "hinge",
+    "kl_student_teacher",
+    "kl_teacher_student",
+    "linear_logits",
+    "log_keep",
+    "marks",
+    "neuron_logits",
+    "target_fraction",
+    "visible",
+]

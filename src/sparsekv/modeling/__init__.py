@@ -1,0 +1,1 @@
+"""Where sparsekv meets Transformers: attach, the attention function, the cache face, adapters, the embedded model."""

@@ -1,0 +1,196 @@
+"""Adapters: trained eviction heads and the table that dials them, as a folder of two files.
+
+adapter_config.json holds AdapterConfig; adapter_model.safetensors holds the heads under PEFT's names
+(`base_model.model.<module>.eviction_head.weight`). Nothing in it is executable.
+"""
+
+import bisect
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsekv.dms import EvictionHead
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What adapter_config.json holds."""
+
+    base_model_name_or_path: str
+    base_shape: dict[str, Any]
+    """model_type, hidden_size, num_hidden_layers, num_key_value_heads of the base model."""
+    window: int
+    lag: int = 0
+    offsets: list[tuple[float, float]] = field(default_factory=list)
+    """Calibrated (offset on the logits, compression ratio), ascending in both."""
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """How the table was measured: text, tokens, seed."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """How the heads were trained: steps, data, seed, hardware."""
+    peft_type: str = "SPARSEKV_DMS"
+
+    @property
+    def max_cr(self) -> float:
+        return self.offsets[-1][1] if self.offsets else math.nan
+
+    def offset_for(self, ratio: float) -> float:
+        """The offset that gives a compression ratio, by linear interpolation of the table; -inf (dense) for 1.
+
+        Raises ValueError for a ratio below 1, beyond the table, or an adapter without one.
+        """
+        if not ratio >= 1:
+            raise ValueError(f"the compression ratio is {ratio}; it is tokens seen over tokens held, so use 1 or more")
+        if ratio == 1:
+            return -math.inf
+        if not self.offsets:
+            raise ValueError("this adapter has no table of ratios; run `sparsekv calibrate` on it, or leave out cr")
+        offsets, ratios = zip(*self.offsets, strict=True)
+        if ratio > ratios[-1] + 0.05:
+            raise ValueError(f"the compression ratio is {ratio}; this adapter holds up to {ratios[-1]:.4g}")
+        right = min(max(bisect.bisect_left(ratios, ratio), 1), len(ratios) - 1)
+        low, high = ratios[right - 1], ratios[right]
+        share = (ratio - low) / (high - low)
+        return offsets[right - 1] + share * (offsets[right] - offsets[right - 1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedAdapter:
+    """An adapter read from disk and checked against a model."""
+
+    config: AdapterConfig
+    heads: dict[int, dict[str, Tensor]]
+
+    def copy_into(self, heads: dict[int, EvictionHead]) -> None:
+        """Load the trained weights. heads: by layer, as many as the adapter has."""
+        for layer, head in heads.items():
+            head.load_state_dict(self.heads[layer])
+
+
+def base_shape(model: PreTrainedModel) -> dict[str, Any]:
+    """What an adapter must agree on with its base model."""
+    config = model.config.get_text_config(decoder=True)
+    names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return {name: getattr(config, name, None) for name in names}
+
+
+def save_adapter(model: PreTrainedModel, folder: str | Path, config: AdapterConfig) -> None:
+    """Write the eviction heads of an attached model, all or nothing.
+
+    Raises ValueError if the model has no eviction heads.
+    """
+    state = {
+        PREFIX + f"{name}.{key}": tensor.detach().float().cpu().contiguous()
+        for name, module in model.named_modules()
+        if isinstance(module, EvictionHead)
+        for key, tensor in module.state_dict().items()
+    }
+    if not state:
+        raise ValueError("this model has no eviction heads to save; attach it with policy='dms' or an adapter first")
+    write_adapter(folder, config, state)
+
+
+def write_adapter(folder: str | Path, config: AdapterConfig, state: dict[str, Tensor]) -> None:
+    """Write an adapter folder through a temporary sibling, so that a full disk leaves the old one whole."""
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file(state, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        (temporary / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=1) + "\n")
+        folder.mkdir(exist_ok=True)
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            (temporary / name).replace(folder / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def push_to_hub(folder: str | Path, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
+    """Upload an adapter folder to the Hugging Face hub; returns its address. Raises ValueError for a bad folder."""
+    read_adapter(folder)
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder)))
+
+
+def read_adapter(name: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The configuration and tensors of an adapter folder or hub id. Raises ValueError for anything else."""
+    folder = _folder(str(name))
+    try:
+        raw = json.loads((folder / CONFIG_FILE).read_text())
+        state = load_file(folder / WEIGHTS_FILE)
+    except FileNotFoundError as error:
+        raise ValueError(f"{name} is not an adapter: it has no {Path(error.filename).name}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise ValueError(f"the adapter {name} is damaged ({error}); fetch or train it again") from None
+    return _config(name, raw), state
+
+
+def load_adapter(name: str, model: PreTrainedModel) -> LoadedAdapter:
+    """Read an adapter (a folder or a hub id) for `model`.
+
+    Raises ValueError where it is missing, damaged, or was trained for another model (naming both).
+    """
+    config, state = read_adapter(name)
+    ours = base_shape(model)
+    if config.base_shape != ours:
+        raise ValueError(
+            f"the adapter {name} was trained for {config.base_model_name_or_path} ({_shape(config.base_shape)}) "
+            f"and the model is {model.config.name_or_path or type(model).__name__} ({_shape(ours)})"
+        )
+    heads: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        parts = key.removeprefix(PREFIX).split(".")
+        layer = next((int(p) for p in parts if p.isdigit()), None)
+        if layer is None or parts[-1] not in ("weight", "bias"):
+            raise ValueError(f"the adapter {name} holds {key!r}, which is no eviction head")
+        heads.setdefault(layer, {})[parts[-1]] = tensor
+    kv_heads, hidden = ours["num_key_value_heads"], ours["hidden_size"]
+    for layer, head in heads.items():
+        shapes = {key: tuple(tensor.shape) for key, tensor in head.items()}
+        if shapes != {"weight": (kv_heads, hidden), "bias": (kv_heads,)}:
+            raise ValueError(f"the adapter {name} is damaged: layer {layer} has {shapes}")
+        if not all(torch.isfinite(tensor).all() for tensor in head.values()):
+            raise ValueError(f"the adapter {name} is damaged: layer {layer} holds numbers that are not finite")
+    return LoadedAdapter(config=config, heads=heads)
+
+
+def _folder(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        raise ValueError(f"{name} is a file; an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+        raise ValueError(f"there is no adapter {name}: neither a folder here nor one that the hub gives") from None
+
+
+def _config(name: str | Path, raw: Any) -> AdapterConfig:
+    known = {f.name for f in fields(AdapterConfig)}
+    required = {"base_model_name_or_path", "base_shape", "window"}
+    if not isinstance(raw, dict) or not required <= set(raw):
+        raise ValueError(f"{name}/{CONFIG_FILE} is not sparsekv's: it needs {', '.join(sorted(required))}")
+    unknown = sorted(set(raw) - known)
+    if unknown:
+        raise ValueError(f"{name}/{CONFIG_FILE} has unknown keys: {', '.join(unknown)}; a newer sparsekv may know them")
+    raw["offsets"] = [(float(a), float(b)) for a, b in raw.get("offsets", [])]
+    return AdapterConfig(**raw)
+
+
+def _shape(shape: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in shape.items())

@@ -1,0 +1,146 @@
+"""attach: let a policy govern the attention of any Hugging Face decoder, without copying or patching its code.
+
+Three public seams of Transformers carry it: AttentionInterface (the attention function), a forward pre-hook on each
+attention module (its input, which the eviction heads read) and the Cache argument.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from sparsekv.dms import EvictionHead
+from sparsekv.modeling import adapter as adapters
+from sparsekv.modeling.attention import NAME, padding_mask, sparse_attention
+from sparsekv.modeling.checks import AttentionLayers, attention_layers
+from sparsekv.modeling.site import SITE, Attachment, PagedCache, Site
+from sparsekv.policies import Policy, make_policy
+from sparsekv.policies.dms import DMSPolicy
+from sparsekv.policies.streaming import SlidingWindowPolicy
+
+HEAD = "eviction_head"
+"""The name of an attention module's eviction head."""
+_ATTACHMENT = "sparsekv_attachment"
+
+
+def attach(
+    model: PreTrainedModel,
+    *,
+    policy: str | Policy | None = None,
+    adapter: str | None = None,
+    cr: float | None = None,
+    **options: Any,
+) -> Attachment:
+    """Let a policy govern every full-attention layer of `model`; sliding-window layers keep their own window.
+
+    policy: a name (see policies.policy_names) with its options, such as policy="streaming", budget=512 or
+    policy="dms", window=64, lag=0 (untrained heads), or a Policy.
+    adapter: a folder or hub id with trained eviction heads; cr: the compression ratio to serve it at, between 1 and the
+    adapter's largest (None = as trained).
+
+    Raises ValueError where the model cannot be attached (the sentence names the reason), is attached already, or where
+    the adapter is for another model or the options do not fit.
+    """
+    if hasattr(model, _ATTACHMENT):
+        raise ValueError("this model is attached already; call sparsekv.detach(model) first")
+    if (policy is None) == (adapter is None):
+        raise ValueError("attach takes a policy or an adapter: pass exactly one of policy=... and adapter=...")
+    layers = attention_layers(model)
+    loaded = None
+    if adapter is not None:
+        if options:
+            raise ValueError(f"an adapter brings its own settings; leave out {', '.join(sorted(options))}")
+        loaded = adapters.load_adapter(adapter, model)
+        options = {"window": loaded.config.window, "lag": loaded.config.lag}
+        options["offset"] = 0.0 if cr is None else loaded.config.offset_for(cr)
+        policy = "dms"
+    elif cr is not None:
+        raise ValueError("cr picks a ratio of a trained adapter: pass adapter=..., or a budget for this policy")
+    heads: dict[int, EvictionHead] = {}
+    if policy == "dms":
+        heads = {i: _new_head(layers, i) for i in layers.governed}
+        policy = _dms_policy(len(layers.modules), heads, options)
+    elif isinstance(policy, str):
+        policy = make_policy(policy, **options)
+    elif options:
+        raise ValueError(f"a Policy object brings its own settings; leave out {', '.join(sorted(options))}")
+    assert isinstance(policy, Policy)
+    if loaded is not None:
+        loaded.copy_into(heads)
+    return _install(model, layers, policy, heads)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Restore the model as it was before attach. Raises ValueError if it is not attached."""
+    for undo in reversed(attachment_of(model).undo):
+        undo()
+
+
+def attachment_of(model: PreTrainedModel) -> Attachment:
+    """The model's Attachment. Raises ValueError if it has none."""
+    found = getattr(model, _ATTACHMENT, None)
+    if found is None:
+        raise ValueError("this model is not attached; call sparsekv.attach(model, policy=... or adapter=...) first")
+    return found
+
+
+def heads(model: PreTrainedModel) -> list[EvictionHead]:
+    """The eviction heads of the governed layers in order: modules with weight [kv_heads, hidden_size] and bias
+    [kv_heads]. Raises ValueError if the model is not attached with DMS."""
+    policy = attachment_of(model).policy
+    if not isinstance(policy, DMSPolicy):
+        raise ValueError(f"policy {policy.name!r} has no eviction heads; attach with policy='dms' or an adapter")
+    return [source for source in policy.sources if isinstance(source, EvictionHead)]
+
+
+def _new_head(layers: AttentionLayers, index: int) -> EvictionHead:
+    device = next(layers.modules[index].parameters()).device
+    return EvictionHead(layers.hidden_size, layers.kv_heads, device=device)
+
+
+def _dms_policy(count: int, heads: dict[int, EvictionHead], options: dict[str, Any]) -> DMSPolicy:
+    unknown = set(options) - {"window", "lag", "offset"}
+    if unknown:
+        raise ValueError(f"policy 'dms' does not know {', '.join(sorted(unknown))}; it takes window, lag and offset")
+    return DMSPolicy([heads.get(i) for i in range(count)], **options)
+
+
+def _install(
+    model: PreTrainedModel, layers: AttentionLayers, policy: Policy, heads: dict[int, EvictionHead]
+) -> Attachment:
+    attachment = Attachment(
+        policy=policy, kv_heads=layers.kv_heads, head_dim=layers.head_dim, max_tokens=layers.max_tokens
+    )
+    AttentionInterface.register(NAME, sparse_attention)
+    AttentionMaskInterface.register(NAME, padding_mask)
+    for index, module in enumerate(layers.modules):
+        window = layers.windows[index]
+        site = Site(
+            layer=index, policy=policy if window is None else SlidingWindowPolicy(window), attachment=attachment
+        )
+        attachment.sites.append(site)
+        setattr(module, SITE, site)
+        hook = module.register_forward_pre_hook(_read_input, with_kwargs=True)
+        attachment.undo += [hook.remove, _remover(module, SITE)]
+        if index in heads:
+            module.add_module(HEAD, heads[index])
+            attachment.undo.append(_remover(module, HEAD))
+    previous = layers.text_config._attn_implementation
+    layers.set_implementation(model, NAME)
+    attachment.undo.append(lambda: layers.set_implementation(model, previous))
+    setattr(model, _ATTACHMENT, attachment)
+    attachment.undo.append(_remover(model, _ATTACHMENT))
+    return attachment
+
+
+def _remover(module: nn.Module, name: str) -> Callable[[], None]:
+    return lambda: delattr(module, name)
+
+
+def _read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Remember the attention layer's input and cache for `sparse_attention`."""
+    site: Site = getattr(module, SITE)
+    site.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    cache = kwargs.get("past_key_values")
+    site.cache = cache if isinstance(cache, PagedCache) else None

@@ -1,0 +1,250 @@
+"""SparseCache: the transformers.Cache face of the ragged cache, for plain `generate` and any forward.
+
+One row per sequence of the batch. Each layer's keys and values go from the attention function to the policy's slots;
+the Cache methods that `generate` calls only count columns. A forward that fails leaves the cache as it was.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from sparsekv.cache.pages import PagePool, human_bytes, parse_bytes
+from sparsekv.cache.ragged import RaggedCache
+from sparsekv.cache.stats import KVStats
+from sparsekv.modeling.attach import attachment_of
+from sparsekv.modeling.packing import Packing, packing_of
+from sparsekv.modeling.rollback import Rollback
+from sparsekv.modeling.site import PagedCache, Site
+from sparsekv.ops.layout import PoolExhausted
+from sparsekv.policies import Step, decode_layer, prefill_layer
+
+SHARE_OF_FREE_MEMORY = 0.5
+"""The largest part of the free memory that a pool takes when kv_memory is not given."""
+
+
+class _Columns(CacheLayerMixin):
+    """What Transformers asks of a layer: how many columns it has seen. The tokens live in the ragged cache."""
+
+    is_sliding = False
+
+    def __init__(self, cache: "SparseCache") -> None:
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@dataclass(kw_only=True)
+class _Forward:
+    """The forward under way."""
+
+    packing: Packing
+    next_layer: int
+    rollback: Rollback | None
+    """None in a decode step, whose need for pages is known before anything is written."""
+
+
+class SparseCache(PagedCache):
+    """A KV cache in which the policy of an attached model forgets, in real memory.
+
+    model: an attached model (sparsekv.attach). kv_memory: the pool's size, in bytes or as "2GiB"; without it the pool
+    can hold the model's whole context densely for every row, but takes at most half of the free memory (on the CPU
+    pages that are never used cost nothing). page_size: slots per page.
+
+    Raises ValueError for a model that is not attached, a bad size, or, in a forward, when the pool is full (naming the
+    bytes needed; the cache stays usable) or the text exceeds the model's context.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, kv_memory: int | str | None = None, page_size: int = 32) -> None:
+        if page_size < 1:
+            raise ValueError(f"page_size is {page_size}; it counts token slots, so use at least 1 (32 is the default)")
+        self.attachment = attachment_of(model)
+        self.columns = 0
+        self._kv_memory = None if kv_memory is None else parse_bytes(kv_memory)
+        self._page_size = page_size
+        self._ragged: RaggedCache | None = None
+        self._forward: _Forward | None = None
+        self._reads = self._peak = torch.zeros((), dtype=torch.int64)
+        super().__init__(layers=[_Columns(self) for _ in self.attachment.sites])
+
+    @property
+    def ragged(self) -> RaggedCache:
+        """The page tables and the pool. Raises ValueError before the first forward, which decides their size."""
+        if self._ragged is None:
+            raise ValueError("the cache is empty: run a forward with past_key_values=cache first")
+        return self._ragged
+
+    # What the attention function calls
+
+    def attend(
+        self, site: Site, hidden: Tensor, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """One layer of a forward. hidden: [B, S, hidden_size]; q: [B, H * G, S, D]; k, v: [B, H, S, D]; mask: bool
+        [B, columns + S] or None. Returns [B, S, H * G, D]."""
+        if site.layer == 0:
+            self._begin(qkv[1], mask)
+        forward = self._forward
+        assert forward is not None and forward.next_layer == site.layer, "layers must run in order"
+        packing, pages = forward.packing, self.ragged.layer(site.layer)
+        query, key, value = (packing.pack(x) for x in qkv)
+        step = Step(
+            layer=site.layer,
+            batch=packing.batch,
+            hidden=packing.pack_tokens(hidden),
+            query=query,
+            key=key,
+            value=value,
+            seen=pages.seen[packing.batch.rows],
+            scale=scale,
+        )
+        if forward.rollback is None:
+            out, reads = decode_layer(site.policy, step, pages)
+            self._reads = self._reads.to(reads.device) + reads
+        else:
+            forward.rollback.remember(site.layer, packing.batch)
+            try:
+                out = prefill_layer(site.policy, step, pages)
+            except PoolExhausted as shortage:
+                taken = self._undo()
+                raise ValueError(self.ragged.pool.shortage(taken + shortage.needed)) from None
+            keep = site.policy.prune(step, pages)
+            if keep is not None:
+                self.ragged.prune(site.layer, packing.batch.rows, keep)
+        forward.next_layer += 1
+        if forward.next_layer == len(self.attachment.sites):
+            self._end(qkv[1].shape[2])
+        return packing.unpack(out)
+
+    # A forward, from its first layer to its last
+
+    def _begin(self, key: Tensor, mask: Tensor | None) -> None:
+        rows, heads, length, _ = key.shape
+        if self._forward is not None:
+            self._undo()
+        if self._ragged is None:
+            self._ragged = self._allocate(key, rows, length)
+        ragged = self._ragged
+        if rows != ragged.rows:
+            raise ValueError(f"the cache holds {ragged.rows} sequences and the batch has {rows}; use a new SparseCache")
+        if self.columns + length > self.attachment.max_tokens:
+            raise ValueError(
+                f"{self.columns + length} tokens exceed the model's context of {self.attachment.max_tokens}; "
+                "shorten the text or generate fewer tokens"
+            )
+        packing = packing_of((rows, length), None if mask is None else mask[:, -length:].bool(), key.device)
+        ragged.grow(self.columns + length)
+        decoding = packing.batch.longest == 1
+        if decoding:
+            self._check_room(ragged)
+        self._forward = _Forward(packing=packing, next_layer=0, rollback=None if decoding else Rollback(ragged))
+
+    def _end(self, length: int) -> None:
+        self._forward = None
+        self.columns += length
+        self._peak = torch.maximum(self._peak.to(self.ragged.lengths.device), self.ragged.lengths.sum())
+
+    def _undo(self) -> int:
+        """Take back the forward under way; returns the pages it had taken."""
+        forward, self._forward = self._forward, None
+        assert forward is not None
+        if forward.rollback is None:
+            self._forward = forward
+            raise ValueError("a decode step was interrupted half-way; call cache.reset() and prefill again")
+        return forward.rollback.restore()
+
+    def _check_room(self, ragged: RaggedCache) -> None:
+        """Refuse a decode step for which the pool has too few pages, before anything is written."""
+        size, free = ragged.pool.page_size, ragged.pool.pages_free
+        if free >= ragged.lengths.numel():
+            return
+        needed = 0
+        for site in self.attachment.sites:
+            pages = ragged.layer(site.layer)
+            appends = pages.lengths % size == 0
+            if pages.window and not site.policy.lag:
+                entry = (pages.seen % pages.window).long()[:, None, None].expand(-1, appends.shape[1], 1)
+                marked = (pages.ring.gather(-1, entry)[..., 0] & 1).bool()
+                appends = appends & ~(marked & (pages.seen >= pages.window)[:, None])
+            needed += int(appends.sum())
+        if needed > free:
+            raise ValueError(ragged.pool.shortage(needed))
+
+    def _allocate(self, key: Tensor, rows: int, length: int) -> RaggedCache:
+        sites, (_, heads, _, dim) = self.attachment.sites, key.shape
+        page_bytes = 2 * self._page_size * dim * key.element_size()
+        size = self._kv_memory
+        if size is None:
+            per_head = -(-self.attachment.max_tokens // self._page_size)
+            size = min(rows * len(sites) * heads * per_head * page_bytes, _free_memory(key.device))
+        if size < page_bytes:
+            raise ValueError(f"kv_memory of {human_bytes(size)} holds no page of {human_bytes(page_bytes)}; raise it")
+        pool = PagePool(size // page_bytes, page_size=self._page_size, head_dim=dim, dtype=key.dtype, device=key.device)
+        windows = [site.policy.window(site.layer) for site in sites]
+        return RaggedCache(pool, windows, kv_heads=heads, rows=rows, max_tokens=length)
+
+    # What Transformers calls
+
+    def reset(self) -> None:
+        """Forget everything and free all pages; the pool stays."""
+        self._forward = None
+        self.columns = 0
+        self._reads, self._peak = torch.zeros_like(self._reads), torch.zeros_like(self._peak)
+        if self._ragged is not None:
+            self._ragged.clear()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Fork each row into `repeats` neighbours that share its settled pages; exact."""
+        self.batch_select_indices(torch.arange(self.ragged.rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Row i becomes a copy of row indices[i]; rows not named are freed."""
+        self.ragged.select(indices.to(self.ragged.lengths.device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: each beam continues from the row it came from."""
+        self.batch_select_indices(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises ValueError: what was overwritten cannot come back."""
+        if tokens_to_remove:
+            raise ValueError("a sparse cache cannot be cropped, evicted tokens are gone: fork it beforehand instead")
+
+    def stats(self) -> KVStats:
+        """What the cache holds now, read off the allocator."""
+        ragged = self.ragged
+        per_head = ragged.lengths[0].numel() // ragged.rows * len(ragged.rings)
+        held, seen = int(ragged.lengths.sum()), int(ragged.seen[0].sum())
+        return KVStats(
+            tokens_seen=seen,
+            tokens_held=held / per_head,
+            compression_ratio=seen * per_head / held if held else 1.0,
+            kv_reads=int(self._reads),
+            peak_tokens=int(self._peak) / per_head,
+            pages=ragged.pool.pages_in_use,
+            bytes=ragged.pool.pages_in_use * ragged.pool.page_bytes,
+            index_bytes=ragged.index_bytes(),
+            held=ragged.lengths.sum(1).tolist(),
+        )
+
+
+def _free_memory(device: torch.device) -> int:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(free * SHARE_OF_FREE_MEMORY)

@@ -1,0 +1,3 @@
+from sparsekv.ops.decode.api import decode
+
+__all__ = ["decode"]

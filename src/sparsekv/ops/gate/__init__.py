@@ -1,0 +1,3 @@
+from sparsekv.ops.gate.api import gate
+
+__all__ = ["gate"]

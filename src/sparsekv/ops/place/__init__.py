@@ -1,0 +1,3 @@
+from sparsekv.ops.place.api import align_marks, place
+
+__all__ = ["align_marks", "place"]

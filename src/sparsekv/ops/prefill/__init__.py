@@ -1,0 +1,3 @@
+from sparsekv.ops.prefill.api import prefill
+
+__all__ = ["prefill"]

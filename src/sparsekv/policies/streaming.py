@@ -1,0 +1,38 @@
+"""StreamingLLM: attention sinks and a recent window (arXiv 2309.17453).
+
+Every token but the first `sinks` is marked, with a window of budget - sinks: token t takes the slot of the oldest
+non-sink. A sliding-window layer of a model is the same with no sinks.
+"""
+
+from torch import Tensor
+
+from sparsekv.policies.base import Policy, Step
+
+
+class StreamingPolicy(Policy):
+    """Holds at most `budget` tokens per head: the first `sinks` and the most recent rest."""
+
+    name = "streaming"
+
+    def __init__(self, *, budget: int, sinks: int = 4) -> None:
+        if sinks < 0:
+            raise ValueError(f"sinks is {sinks}; it must be 0 or more")
+        if budget <= sinks:
+            raise ValueError(f"budget {budget} leaves no recent window beside {sinks} sinks; use at least {sinks + 1}")
+        self.budget = budget
+        self.sinks = sinks
+
+    def window(self, layer: int) -> int:
+        return self.budget - self.sinks
+
+    def marks(self, step: Step) -> Tensor:
+        return (step.positions >= self.sinks)[:, None].expand(-1, step.key.shape[1])
+
+
+class SlidingWindowPolicy(StreamingPolicy):
+    """A model's own sliding-window layer: query q sees keys with q - k < window."""
+
+    name = "sliding-window"
+
+    def __init__(self, window: int) -> None:
+        super().__init__(budget=window, sinks=0)
