@@ -9,6 +9,7 @@ A slot is an index 0 .. length - 1 within one (row, head); it lies in page `page
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -41,7 +42,10 @@ class LayerPages:
     free: Tensor
     """int32 [P]: a stack of free page ids, of which the first `free_count` are valid."""
     free_count: Tensor
-    """int32 [1]."""
+    """int32 [1]. Negative after kernels ran out of pages: tokens are missing then."""
+    tickets: Tensor | None = None
+    """int32 [R, H], zero between calls: the decode kernel counts finished pieces of a head there. None: each call
+    clears its own, which costs a launch."""
 
     @property
     def page_size(self) -> int:
@@ -57,11 +61,11 @@ class Batch:
     """Which rows a packed call is about: tokens `starts[i] .. starts[i + 1] - 1` belong to row `rows[i]`."""
 
     rows: Tensor
-    """int64 [B], distinct."""
+    """int64 [B], distinct; -1 for the padded places of a CUDA graph, in a decode step only: nothing is done there."""
     starts: Tensor
     """int32 [B + 1]."""
     longest: int
-    """The largest number of tokens of one sequence; 1 = a decode step (then T = B)."""
+    """At least the largest number of tokens of one sequence; 1 = a decode step (then T = B)."""
 
     @property
     def counts(self) -> Tensor:
@@ -78,16 +82,51 @@ class Batch:
 def batch_of(rows: Tensor, counts: list[int]) -> Batch:
     """The Batch in which row `rows[i]` has `counts[i]` tokens (0 is allowed)."""
     starts = torch.tensor([0, *counts], device=rows.device).cumsum(0).to(torch.int32)
-    return Batch(rows=rows, starts=starts, longest=max(counts, default=0))
+    longest = max(counts, default=0)
+    if longest == 1 and 0 in counts:
+        longest = 2  # not a decode step, which has exactly one token a row
+    return Batch(rows=rows, starts=starts, longest=longest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearMarks:
+    """Marks that `place` computes itself: token t of head h is marked where weight[h] . hidden[t] + bias[h] + offset > 0,
+    in float32 whatever the inputs are. For decisions about the token itself (lag 0)."""
+
+    hidden: Tensor
+    """[T, E]."""
+    weight: Tensor
+    """[H, E]."""
+    bias: Tensor
+    """[H]."""
+    offset: Tensor
+    """float32 [1], on the device, so that it can change without a new CUDA graph."""
+
+    def marks(self) -> Tensor:
+        """bool [T, H]."""
+        return torch.nn.functional.linear(self.hidden.float(), self.weight.float(), self.bias.float()) + self.offset > 0
 
 
 def check_backend(backend: str | None, device: torch.device, known: tuple[str, ...]) -> str:
     """The backend to run: the one asked for by name, else Triton on CUDA where it exists, else the reference.
 
-    Raises ValueError for an unknown name; a backend asked for by name never falls back in silence.
+    Raises ValueError for an unknown name, and where Triton is asked for by name and cannot run: a backend asked for by
+    name never falls back in silence.
     """
     if backend is None:
-        return "triton" if device.type == "cuda" and "triton" in known else "reference"
+        return "triton" if device.type == "cuda" and "triton" in known and find_spec("triton") else "reference"
     if backend not in known:
         raise ValueError(f"unknown backend {backend!r}; use one of {', '.join(known)}")
+    if backend == "triton":
+        if not find_spec("triton"):
+            raise ValueError("backend 'triton' needs the package triton: pip install triton, or use 'reference'")
+        if device.type != "cuda" and not interpreting():
+            raise ValueError(f"backend 'triton' needs tensors on a CUDA device, these are on {device}; use 'reference'")
     return backend
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on the CPU."""
+    from triton import knobs
+
+    return knobs.runtime.interpret

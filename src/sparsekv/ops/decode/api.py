@@ -4,14 +4,20 @@ out = softmax(scale * q K^T) V over the live slots of (row, head). Run it after 
 is no longer stored, so no mask is needed.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from sparsekv.ops.decode import reference
 from sparsekv.ops.layout import LayerPages, check_backend
 
-BACKENDS = ("reference",)
+if TYPE_CHECKING:
+    from sparsekv.ops.decode.triton import DecodeConfig
+
+BACKENDS = ("reference", "triton")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +29,7 @@ class Decoded:
     lse: Tensor | None = None
     """float32 (float64 for float64 queries) [B, H * G]: log-sum-exp of the scores, -inf where a head holds nothing."""
     weights: Tensor | None = None
-    """[B, H * G, longest head]: each slot's attention weight, 0 beyond a head's length."""
+    """float32 (float64 for float64 queries) [B, H * G, N]: each slot's attention weight, 0 beyond a head's length."""
 
 
 def decode(
@@ -34,15 +40,31 @@ def decode(
     scale: float,
     return_lse: bool = False,
     return_weights: bool = False,
+    longest: int | None = None,
     backend: str | None = None,
+    config: DecodeConfig | None = None,
 ) -> Decoded:
-    """Attend from q [B, H * G, D] over the slots of rows int64 [B]. A head with nothing stored gives 0.
+    """Attend from q [B, H * G, D] over the slots of rows int64 [B]. A head with nothing stored, and a row of -1, give 0.
 
-    Raises ValueError where q's shape does not fit the cache, or for an unknown backend.
+    longest: N, how many slots of each head `weights` covers; those beyond are left out. None: the longest head
+    (reference), or all that the page tables can hold, M * C, since the kernel never asks the device for lengths.
+    config: how the Triton kernel is cut, for benchmarks; None takes the tuned one.
+
+    Without a backend's name, Triton runs on CUDA (but float64 and odd page sizes: reference), the reference elsewhere.
+    Raises ValueError where q's shape does not fit the cache, or the backend asked for is unknown or cannot run.
     """
     heads, dim = layer.lengths.shape[1], layer.kv.shape[-1]
     if q.shape[0] != rows.shape[0] or q.shape[1] % heads or q.shape[2] != dim:
         raise ValueError(f"q is {tuple(q.shape)}; expected [{rows.shape[0]}, a multiple of {heads} heads, {dim}]")
-    check_backend(backend, q.device, BACKENDS)
-    out, lse, weights = reference.decode(layer, rows, q, scale, return_weights)
+    if check_backend(backend, q.device, BACKENDS) == "triton":
+        from sparsekv.ops.decode import triton
+
+        obstacle = triton.obstacle(layer, q)
+        if obstacle is None:
+            width = longest or layer.pages.shape[-1] * layer.page_size
+            out, lse, weights = triton.decode(layer, rows, q, scale, width if return_weights else None, config)
+            return Decoded(out=out, lse=lse if return_lse else None, weights=weights)
+        if backend == "triton":
+            raise ValueError(f"backend 'triton' {obstacle}; use 'reference'")
+    out, lse, weights = reference.decode(layer, rows, q, scale, return_weights, longest)
     return Decoded(out=out, lse=lse if return_lse else None, weights=weights)

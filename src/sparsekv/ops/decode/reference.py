@@ -9,13 +9,12 @@ from sparsekv.ops.layout import LayerPages
 def gather_slots(layer: LayerPages, row: int, head: int, length: int) -> tuple[Tensor, Tensor]:
     """Keys and values of one head in slot order: two [length, D]."""
     table = layer.pages[row, head, : -(-length // layer.page_size)]
-    kv = layer.kv.index_select(0, table)
-    dim = kv.shape[-1]
-    return kv[:, 0].reshape(-1, dim)[:length], kv[:, 1].reshape(-1, dim)[:length]
+    keys, values = (layer.kv[:, i].index_select(0, table).flatten(0, 1) for i in (0, 1))  # one copy each
+    return keys[:length], values[:length]
 
 
 def decode(
-    layer: LayerPages, rows: Tensor, q: Tensor, scale: float, with_weights: bool
+    layer: LayerPages, rows: Tensor, q: Tensor, scale: float, with_weights: bool, longest: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See api.decode."""
     heads = layer.lengths.shape[1]
@@ -25,11 +24,11 @@ def decode(
     lengths = layer.lengths[rows].tolist()
     out = torch.zeros_like(grouped)
     lse = grouped.new_full(grouped.shape[:3], -torch.inf)
-    longest = max((n for row in lengths for n in row), default=0)
+    longest = longest or max((n for row in lengths for n in row), default=0)
     weights = grouped.new_zeros(*grouped.shape[:3], longest) if with_weights else None
     for b, row in enumerate(rows.tolist()):
         for h, length in enumerate(lengths[b]):
-            if length == 0:
+            if row < 0 or length == 0:
                 continue
             k, v = gather_slots(layer, row, h, length)
             scores = grouped[b, h] @ k.to(work).T
@@ -37,6 +36,6 @@ def decode(
             weight = scores.softmax(-1)
             out[b, h] = weight @ v.to(work)
             if weights is not None:
-                weights[b, h, :, :length] = weight
+                weights[b, h, :, :length] = weight[:, :longest]
     shape = q.shape[:2]
     return out.reshape(q.shape).to(q.dtype), lse.reshape(shape), None if weights is None else weights.flatten(1, 2)
