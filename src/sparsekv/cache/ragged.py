@@ -4,6 +4,8 @@ Decode appends or overwrites, so a head never shrinks and nothing is moved. A ro
 prefill (SnapKV), or forked: full pages in which no slot can be overwritten any more are shared, the rest is copied.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,21 @@ from sparsekv.ops.place.reference import ring_positions
 class RaggedCache:
     """The cache of `rows` sequences.
 
-    windows: ring entries of each layer (0 = nothing is overwritten). pages: int32 [N, R, H, M]; lengths: int32
-    [N, R, H]; seen: int32 [N, R]; rings: per layer int32 [R, H, W].
+    windows: ring entries of each layer (0 = nothing is overwritten by the ring rule). rewrites: per layer, whether its
+    policy may change any stored slot (default: none). pages: int32 [N, R, H, M]; lengths: int32 [N, R, H]; seen: int32
+    [N, R]; rings: per layer int32 [R, H, W]; state: per layer, the policy's own tensors [R, ...] by name.
     """
 
-    def __init__(self, pool: PagePool, windows: list[int], *, kv_heads: int, rows: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        windows: list[int],
+        *,
+        kv_heads: int,
+        rows: int,
+        max_tokens: int,
+        rewrites: list[bool] | None = None,
+    ) -> None:
         device, n = pool.kv.device, len(windows)
         columns = -(-max_tokens // pool.page_size)
         self.pool = pool
@@ -27,6 +39,8 @@ class RaggedCache:
         self.lengths = torch.zeros(n, rows, kv_heads, dtype=torch.int32, device=device)
         self.seen = torch.zeros(n, rows, dtype=torch.int32, device=device)
         self.rings = [torch.zeros(rows, kv_heads, w, dtype=torch.int32, device=device) for w in windows]
+        self.rewrites = rewrites or [False] * n
+        self.state: list[dict[str, Tensor]] = [{} for _ in windows]
 
     @property
     def rows(self) -> int:
@@ -60,6 +74,9 @@ class RaggedCache:
         self.pool.release(self.pages[:, rows][self.owned(rows)].long())
         self.lengths[:, rows] = 0
         self.seen[:, rows] = 0
+        for state in self.state:
+            for tensor in state.values():
+                tensor[rows] = 0
 
     def clear(self) -> None:
         """Free all pages of all rows."""
@@ -74,7 +91,7 @@ class RaggedCache:
         for name in ("pages", "lengths", "seen"):
             tensor = getattr(self, name)
             setattr(self, name, torch.cat([tensor, tensor.new_zeros(len(tensor), extra, *tensor.shape[2:])], dim=1))
-        self.rings = [torch.cat([ring, ring.new_zeros(extra, *ring.shape[1:])]) for ring in self.rings]
+        self._each_by_row(lambda tensor: torch.cat([tensor, tensor.new_zeros(extra, *tensor.shape[1:])]))
         new = torch.arange(old, old + extra, device=indices.device)
         rows = torch.arange(old, device=indices.device)
         try:
@@ -83,7 +100,13 @@ class RaggedCache:
             rows = new
         finally:
             self.pages, self.lengths, self.seen = self.pages[:, rows], self.lengths[:, rows], self.seen[:, rows]
-            self.rings = [ring[rows] for ring in self.rings]
+            self._each_by_row(lambda tensor: tensor[rows])
+
+    def _each_by_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor whose first dimension is the rows."""
+        self.rings = [change(ring) for ring in self.rings]
+        for state in self.state:
+            state.update({name: change(tensor) for name, tensor in state.items()})
 
     def fork(self, source: Tensor, target: Tensor) -> None:
         """Make the empty, distinct rows `target` exact copies of `source` (both int64 [n]; sources may repeat).
@@ -102,13 +125,18 @@ class RaggedCache:
         self.pages[:, target] = pages
         self.lengths[:, target] = self.lengths[:, source]
         self.seen[:, target] = self.seen[:, source]
-        for ring in self.rings:
-            ring[target] = ring[source]
+        for tensor in (*self.rings, *(tensor for state in self.state for tensor in state.values())):
+            tensor[target] = tensor[source]
+
+    def fork_cost(self, source: Tensor) -> int:
+        """The pages that one fork of each row in source (int64 [n]) would take."""
+        return int((self.owned(source) & ~self._settled(source)).sum())
 
     def _settled(self, rows: Tensor) -> Tensor:
         """bool [N, len(rows), H, M]: full pages none of whose slots a later token can take.
 
-        Only tokens still in the ring can be overwritten: the marked ones and, where marks lag, the newest.
+        By the ring rule, only tokens still in the ring can be overwritten: the marked ones and, where marks lag, the
+        newest.
         """
         size, columns = self.pool.page_size, self.pages.shape[-1]
         settled = torch.arange(columns, device=rows.device) < (self.lengths[:, rows] // size)[..., None]
@@ -121,6 +149,8 @@ class RaggedCache:
                 column = torch.where(open_, (entries >> 1) // size, columns).long()
                 padded = torch.nn.functional.pad(settled[index], (0, 1))
                 settled[index] = padded.scatter(-1, column, False)[..., :columns]
+            if self.rewrites[index]:
+                settled[index] = False
         return settled
 
     def prune(self, index: int, rows: Tensor, keep: Tensor) -> None:

@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from sparsekv.dms import EvictionHead
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+HEAD = "eviction_head"
+"""The name of an attention module's eviction head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,10 @@ class AdapterConfig:
         offsets, ratios = zip(*self.offsets, strict=True)
         if ratio > ratios[-1] + 0.05:
             raise ValueError(f"the compression ratio is {ratio}; this adapter holds up to {ratios[-1]:.4g}")
+        if len(offsets) == 1:
+            if abs(ratio - ratios[0]) > 0.05:
+                raise ValueError(f"the compression ratio is {ratio}; this adapter's table knows only {ratios[0]:.4g}")
+            return offsets[0]
         right = min(max(bisect.bisect_left(ratios, ratio), 1), len(ratios) - 1)
         low, high = ratios[right - 1], ratios[right]
         share = (ratio - low) / (high - low)
@@ -75,7 +82,12 @@ class LoadedAdapter:
     heads: dict[int, dict[str, Tensor]]
 
     def copy_into(self, heads: dict[int, EvictionHead]) -> None:
-        """Load the trained weights. heads: by layer, as many as the adapter has."""
+        """Load the trained weights. heads: by layer. Raises ValueError unless the adapter has exactly these layers."""
+        if set(heads) != set(self.heads):
+            raise ValueError(
+                f"the adapter is damaged: it has heads for layers {sorted(self.heads)} and the model's full-attention "
+                f"layers are {sorted(heads)}; fetch or train it again"
+            )
         for layer, head in heads.items():
             head.load_state_dict(self.heads[layer])
 
@@ -105,7 +117,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, config: AdapterConf
 
 def write_adapter(folder: str | Path, config: AdapterConfig, state: dict[str, Tensor]) -> None:
     """Write an adapter folder through a temporary sibling, so that a full disk leaves the old one whole."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -156,7 +168,7 @@ def load_adapter(name: str, model: PreTrainedModel) -> LoadedAdapter:
     for key, tensor in state.items():
         parts = key.removeprefix(PREFIX).split(".")
         layer = next((int(p) for p in parts if p.isdigit()), None)
-        if layer is None or parts[-1] not in ("weight", "bias"):
+        if layer is None or parts[-2:] not in ([HEAD, "weight"], [HEAD, "bias"]):
             raise ValueError(f"the adapter {name} holds {key!r}, which is no eviction head")
         heads.setdefault(layer, {})[parts[-1]] = tensor
     kv_heads, hidden = ours["num_key_value_heads"], ours["hidden_size"]
@@ -188,8 +200,15 @@ def _config(name: str | Path, raw: Any) -> AdapterConfig:
     unknown = sorted(set(raw) - known)
     if unknown:
         raise ValueError(f"{name}/{CONFIG_FILE} has unknown keys: {', '.join(unknown)}; a newer sparsekv may know them")
-    raw["offsets"] = [(float(a), float(b)) for a, b in raw.get("offsets", [])]
-    return AdapterConfig(**raw)
+    try:
+        offsets = [(float(offset), float(ratio)) for offset, ratio in raw.get("offsets", [])]
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}/{CONFIG_FILE}: offsets must be a list of [offset, compression ratio]") from None
+    if any(a >= c or b >= d for (a, b), (c, d) in pairwise(offsets)):
+        raise ValueError(f"{name}/{CONFIG_FILE}: offsets must ascend, both the offsets and the ratios")
+    if type(raw["window"]) is not int or raw["window"] < 1 or raw.get("lag", 0) not in (0, 1):
+        raise ValueError(f"{name}/{CONFIG_FILE}: window must be an integer of at least 1, and lag 0 or 1")
+    return AdapterConfig(**{**raw, "offsets": offsets})
 
 
 def _shape(shape: dict[str, Any]) -> str:

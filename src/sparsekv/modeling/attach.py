@@ -19,8 +19,6 @@ from sparsekv.policies import Policy, make_policy
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.policies.streaming import SlidingWindowPolicy
 
-HEAD = "eviction_head"
-"""The name of an attention module's eviction head."""
 _ATTACHMENT = "sparsekv_attachment"
 
 
@@ -124,8 +122,8 @@ def _install(
         hook = module.register_forward_pre_hook(_read_input, with_kwargs=True)
         attachment.undo += [hook.remove, _remover(module, SITE)]
         if index in heads:
-            module.add_module(HEAD, heads[index])
-            attachment.undo.append(_remover(module, HEAD))
+            module.add_module(adapters.HEAD, heads[index])
+            attachment.undo.append(_remover(module, adapters.HEAD))
     previous = layers.text_config._attn_implementation
     layers.set_implementation(model, NAME)
     attachment.undo.append(lambda: layers.set_implementation(model, previous))

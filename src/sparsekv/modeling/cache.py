@@ -1,10 +1,11 @@
 """SparseCache: the transformers.Cache face of the ragged cache, for plain `generate` and any forward.
 
 One row per sequence of the batch. Each layer's keys and values go from the attention function to the policy's slots;
-the Cache methods that `generate` calls only count columns. A forward that fails leaves the cache as it was.
+the Cache methods that `generate` calls only count columns. A forward that the pool cannot hold leaves the cache as it
+was; one that another error interrupts is taken back when the next begins.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -60,6 +61,8 @@ class _Forward:
     next_layer: int
     rollback: Rollback | None
     """None in a decode step, whose need for pages is known before anything is written."""
+    prunes: list[tuple[int, Tensor]] = field(default_factory=list)
+    """(layer, slots to keep): carried out at the end, when nothing can fail any more."""
 
 
 class SparseCache(PagedCache):
@@ -114,10 +117,11 @@ class SparseCache(PagedCache):
             value=value,
             seen=pages.seen[packing.batch.rows],
             scale=scale,
+            state=self.ragged.state[site.layer],
         )
         if forward.rollback is None:
-            out, reads = decode_layer(site.policy, step, pages)
-            self._reads = self._reads.to(reads.device) + reads
+            out, read = decode_layer(site.policy, step, pages)
+            self._reads = self._reads.to(out.device) + read.lengths[packing.batch.rows].sum()
         else:
             forward.rollback.remember(site.layer, packing.batch)
             try:
@@ -127,28 +131,28 @@ class SparseCache(PagedCache):
                 raise ValueError(self.ragged.pool.shortage(taken + shortage.needed)) from None
             keep = site.policy.prune(step, pages)
             if keep is not None:
-                self.ragged.prune(site.layer, packing.batch.rows, keep)
+                forward.prunes.append((site.layer, keep))
         forward.next_layer += 1
         if forward.next_layer == len(self.attachment.sites):
-            self._end(qkv[1].shape[2])
+            self._end(forward, qkv[1].shape[2])
         return packing.unpack(out)
 
     # A forward, from its first layer to its last
 
     def _begin(self, key: Tensor, mask: Tensor | None) -> None:
-        rows, heads, length, _ = key.shape
+        rows, _, length, _ = key.shape
         if self._forward is not None:
             self._undo()
-        if self._ragged is None:
-            self._ragged = self._allocate(key, rows, length)
-        ragged = self._ragged
-        if rows != ragged.rows:
-            raise ValueError(f"the cache holds {ragged.rows} sequences and the batch has {rows}; use a new SparseCache")
         if self.columns + length > self.attachment.max_tokens:
             raise ValueError(
                 f"{self.columns + length} tokens exceed the model's context of {self.attachment.max_tokens}; "
                 "shorten the text or generate fewer tokens"
             )
+        if self._ragged is None:
+            self._ragged = self._allocate(key, rows, length)
+        ragged = self._ragged
+        if rows != ragged.rows:
+            raise ValueError(f"the cache holds {ragged.rows} sequences and the batch has {rows}; use a new SparseCache")
         packing = packing_of((rows, length), None if mask is None else mask[:, -length:].bool(), key.device)
         ragged.grow(self.columns + length)
         decoding = packing.batch.longest == 1
@@ -156,7 +160,9 @@ class SparseCache(PagedCache):
             self._check_room(ragged)
         self._forward = _Forward(packing=packing, next_layer=0, rollback=None if decoding else Rollback(ragged))
 
-    def _end(self, length: int) -> None:
+    def _end(self, forward: _Forward, length: int) -> None:
+        for layer, keep in forward.prunes:
+            self.ragged.prune(layer, forward.packing.batch.rows, keep)
         self._forward = None
         self.columns += length
         self._peak = torch.maximum(self._peak.to(self.ragged.lengths.device), self.ragged.lengths.sum())
@@ -178,12 +184,7 @@ class SparseCache(PagedCache):
         needed = 0
         for site in self.attachment.sites:
             pages = ragged.layer(site.layer)
-            appends = pages.lengths % size == 0
-            if pages.window and not site.policy.lag:
-                entry = (pages.seen % pages.window).long()[:, None, None].expand(-1, appends.shape[1], 1)
-                marked = (pages.ring.gather(-1, entry)[..., 0] & 1).bool()
-                appends = appends & ~(marked & (pages.seen >= pages.window)[:, None])
-            needed += int(appends.sum())
+            needed += int(((pages.lengths % size == 0) & site.policy.appends(pages)).sum())
         if needed > free:
             raise ValueError(ragged.pool.shortage(needed))
 
@@ -198,7 +199,8 @@ class SparseCache(PagedCache):
             raise ValueError(f"kv_memory of {human_bytes(size)} holds no page of {human_bytes(page_bytes)}; raise it")
         pool = PagePool(size // page_bytes, page_size=self._page_size, head_dim=dim, dtype=key.dtype, device=key.device)
         windows = [site.policy.window(site.layer) for site in sites]
-        return RaggedCache(pool, windows, kv_heads=heads, rows=rows, max_tokens=length)
+        rewrites = [site.policy.rewrites for site in sites]
+        return RaggedCache(pool, windows, kv_heads=heads, rows=rows, max_tokens=length, rewrites=rewrites)
 
     # What Transformers calls
 
@@ -216,6 +218,8 @@ class SparseCache(PagedCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Row i becomes a copy of row indices[i]; rows not named are freed."""
+        if self._forward is not None:
+            self._undo()
         self.ragged.select(indices.to(self.ragged.lengths.device))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

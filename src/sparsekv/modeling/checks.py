@@ -53,15 +53,15 @@ def attention_layers(model: PreTrainedModel) -> AttentionLayers:
         raise refuse("its attention does not go through the Transformers attention interface")
     config = model.config.get_text_config(decoder=True)
     _check_config(config, refuse)
-    modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
     modules.sort(key=lambda m: m.layer_idx)
     if [m.layer_idx for m in modules] != list(range(config.num_hidden_layers)):
         raise refuse("some of its layers have no attention that a KV cache could serve")
     if any(getattr(m, "sinks", None) is not None for m in modules):
         raise refuse("its attention has learned sinks")
-    sizes = {getattr(m, "head_dim", None) for m in modules}
+    sizes = {getattr(m, "head_dim", 0) for m in modules}
     groups = {m.num_key_value_groups for m in modules}
-    if len(sizes) != 1 or None in sizes or len(groups) != 1:
+    if len(sizes) != 1 or 0 in sizes or len(groups) != 1:
         raise refuse("its layers differ in head size or head count")
     windows = [_window(config, i, refuse) for i in range(len(modules))]
     if None not in windows:

@@ -1,14 +1,15 @@
 """Take back a prefill that failed half-way, so that the cache is as it was before.
 
 Pages come off the top of the free stack and nothing is pushed during a forward, so putting the count back frees them.
-The only stored tokens that a prefill overwrites are the marked ones that leave the window; those are saved.
+The only stored tokens that a prefill overwrites are the marked ones that leave the window and, where the policy merges
+tokens, the last of each head; those are saved, and so is the policy's state.
 """
 
 import torch
 from torch import Tensor
 
 from sparsekv.cache.ragged import RaggedCache
-from sparsekv.ops.layout import Batch
+from sparsekv.ops.layout import Batch, LayerPages
 from sparsekv.ops.place.reference import expired
 
 
@@ -21,19 +22,27 @@ class Rollback:
         self.seen = ragged.seen.clone()
         self.free_count = ragged.pool.free_count.clone()
         self.rings: dict[int, Tensor] = {}
+        self.state: dict[int, dict[str, Tensor]] = {}
         self.saved: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def remember(self, index: int, batch: Batch) -> None:
         """Save what placing `batch` in layer `index` would overwrite. Call before marks are aligned and placed."""
         layer = self.ragged.layer(index)
-        if layer.window == 0:
-            return
-        self.rings[index] = layer.ring.clone()
-        seen = layer.seen[batch.rows]
-        freed, slots = expired(layer, batch.rows, seen, seen + batch.counts)
-        taken = torch.arange(slots.shape[-1], device=slots.device) < freed.sum(-1)[..., None]
-        b, h, _ = taken.nonzero(as_tuple=True)
-        slot = slots[taken].long()
+        self.state[index] = {name: tensor.clone() for name, tensor in self.ragged.state[index].items()}
+        if self.ragged.rewrites[index]:
+            last = layer.lengths[batch.rows][..., None] - 1
+            self._save(layer, batch, last, last >= 0)
+        if layer.window:
+            self.rings[index] = layer.ring.clone()
+            seen = layer.seen[batch.rows]
+            freed, slots = expired(layer, batch.rows, seen, seen + batch.counts)
+            entry = torch.arange(slots.shape[-1], device=slots.device)
+            self._save(layer, batch, slots, entry < freed.sum(-1)[..., None])
+
+    def _save(self, layer: LayerPages, batch: Batch, slots: Tensor, chosen: Tensor) -> None:
+        """slots: int [B, H, n], of which those in chosen (bool, the same shape) are saved."""
+        b, h, _ = chosen.nonzero(as_tuple=True)
+        slot = slots[chosen].long()
         page = layer.pages[batch.rows[b], h, slot // layer.page_size].long()
         offset = slot % layer.page_size
         self.saved.append((page, offset, layer.kv[page, :, offset]))
@@ -47,6 +56,9 @@ class Rollback:
         ragged.pool.free_count.copy_(self.free_count)
         for index, ring in self.rings.items():
             ragged.rings[index].copy_(ring)
+        for index, state in self.state.items():
+            ragged.state[index].clear()
+            ragged.state[index].update(state)
         for page, offset, kv in self.saved:
             ragged.pool.kv[page, :, offset] = kv
         return taken

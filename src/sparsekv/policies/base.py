@@ -10,15 +10,19 @@ A forward hands each governed layer a `Step`. For many tokens per sequence (pref
 |---|---|
 | dense | nothing |
 | DMS, StreamingLLM | window, marks |
-| TOVA, H2O, random | slots (the slot to overwrite once the budget is full), needs_weights + observe, prune |
+| TOVA, H2O, random | slots (the slot to overwrite once the budget is full), needs_weights + observe, prune, appends |
 | SnapKV | prune |
 | DMC | place (merge into the last slot) |
 | Quest | read (a view with fewer pages) |
+
+A policy holds no tensors of its own that belong to a sequence: one policy serves many caches, and rows are forked and
+reordered. What it must remember from step to step (accumulated weights) lives in `Step.state`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from sparsekv.ops.decode import decode
@@ -44,6 +48,9 @@ class Step:
     seen: Tensor
     """int32 [B]: tokens that this layer saw of each sequence before the step."""
     scale: float
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """What the policy remembers of this layer in this cache, empty at first: tensors [R, ...] over the cache's rows,
+    forked, reordered and taken back with them."""
 
     @property
     def positions(self) -> Tensor:
@@ -60,6 +67,11 @@ class Policy:
     lag: int = 0
     """A decision made at position k + lag is about token k."""
 
+    @property
+    def rewrites(self) -> bool:
+        """Whether stored slots may change other than by the ring rule; forks then share no page."""
+        return any(getattr(type(self), name) is not getattr(Policy, name) for name in ("slots", "place", "prune"))
+
     def window(self, layer: int) -> int:
         """How long a marked token of this layer stays visible; 0 if the policy marks nothing. At least `lag`."""
         return 0
@@ -71,6 +83,19 @@ class Policy:
     def slots(self, step: Step, pages: LayerPages) -> Tensor | None:
         """int32 [B, H]: the slot that a decoded token overwrites, -1 to append; None for the ring rule."""
         return None
+
+    def appends(self, pages: LayerPages) -> Tensor:
+        """bool [R, H]: which heads the next decoded token may lengthen; known before the step, so that a full pool
+        is refused before anything is written. The ring rule; a policy with a budget says which heads are below it."""
+        if pages.window <= self.lag:
+            return torch.ones_like(pages.lengths, dtype=torch.bool)
+        entry = (pages.seen % pages.window).long()[:, None, None].expand(-1, pages.lengths.shape[1], 1)
+        marked = (pages.ring.gather(-1, entry)[..., 0] & 1).bool()
+        return ~(marked & (pages.seen >= pages.window)[:, None])
+
+    def most_held(self, layer: int, tokens: int) -> int:
+        """An upper bound of the slots that a head of this layer ever takes for a sequence of `tokens` tokens."""
+        return tokens
 
     def place(self, step: Step, pages: LayerPages, marks: Tensor | None) -> None:
         """Store the step's tokens. marks: bool [T, H], aligned to their tokens."""
@@ -85,7 +110,8 @@ class Policy:
         """Sees weights [B, H * G, longest head] of a decode step, if `needs_weights`."""
 
     def prune(self, step: Step, pages: LayerPages) -> Tensor | None:
-        """bool [B, H, longest head]: the slots to keep after a prefill chunk; None keeps all."""
+        """bool [B, H, longest head]: the slots to keep after a prefill chunk; None keeps all. Carried out when the
+        forward ends, in layers without a window."""
         return None
 
 
@@ -100,8 +126,8 @@ def prefill_layer(policy: Policy, step: Step, pages: LayerPages) -> Tensor:
     return out
 
 
-def decode_layer(policy: Policy, step: Step, pages: LayerPages) -> tuple[Tensor, Tensor]:
-    """Place and attend one token per sequence: ([T, H * G, D], KV reads as an int64 scalar tensor).
+def decode_layer(policy: Policy, step: Step, pages: LayerPages) -> tuple[Tensor, LayerPages]:
+    """Place and attend one token per sequence: ([T, H * G, D], the pages that were read).
 
     Raises PoolExhausted where the pool has too few pages.
     """
@@ -110,7 +136,7 @@ def decode_layer(policy: Policy, step: Step, pages: LayerPages) -> tuple[Tensor,
     result = decode(view, rows, step.query, scale=step.scale, return_weights=policy.needs_weights)
     if result.weights is not None:
         policy.observe(step, pages, result.weights)
-    return result.out, view.lengths[rows].sum()
+    return result.out, view
 
 
 def _aligned_marks(policy: Policy, step: Step, pages: LayerPages) -> Tensor | None:

@@ -24,6 +24,8 @@ def prefill(
     seen = layer.seen[batch.rows].tolist()
     for b, row in enumerate(batch.rows.tolist()):
         tokens = slice(starts[b], starts[b + 1])
+        if starts[b] == starts[b + 1]:
+            continue
         position = torch.arange(seen[b], seen[b] + starts[b + 1] - starts[b], device=q.device)
         for h in range(heads):
             stored_k, stored_v = gather_slots(layer, row, h, lengths[b][h])
@@ -61,4 +63,4 @@ def _head(
         k, v = (x.index_select(0, seen).expand(block.shape[1], -1, -1) for x in (keys, values))
         out = scaled_dot_product_attention(block.transpose(0, 1)[None], k[None], v[None], mask[None, None], scale=scale)
         outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs) if outs else q
+    return torch.cat(outs)
