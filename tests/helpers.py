@@ -142,6 +142,8 @@ class Run:
     pages: int = 400
     max_tokens: int = 100
     cache: RaggedCache = field(init=False)
+    reads: int = 0
+    """KV reads of the last decode step."""
 
     def __post_init__(self) -> None:
         pool = PagePool(self.pages, page_size=self.page_size, head_dim=2, dtype=torch.float64)
@@ -160,7 +162,7 @@ class Run:
         seen = layer.seen.tolist()
         names = torch.tensor([float(seen[row] + i) for row, n in enumerate(counts) for i in range(n)]).double()
         key = torch.stack([names, names**2], -1)[:, None].expand(-1, self.heads, -1)
-        batch = batch_of(torch.arange(self.rows), counts)
+        batch = batch_of(torch.arange(len(counts)), counts)
         step = Step(
             layer=0,
             batch=batch,
@@ -172,8 +174,10 @@ class Run:
             scale=0.1,
             state=self.cache.state[0],
         )
-        if counts == [1] * self.rows:
-            return decode_layer(self.policy, step, layer)[0]
+        if counts == [1] * len(counts):
+            out, read = decode_layer(self.policy, step, layer)
+            self.reads = int(read.lengths[batch.rows].sum())
+            return out
         out = prefill_layer(self.policy, step, layer)
         keep = self.policy.prune(step, layer)
         if keep is not None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import Run, attend, check_pages
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekv.policies import Policy, make_policy, policy_names
@@ -79,6 +79,7 @@ chunks = st.lists(st.tuples(*[st.integers(0, 7)] * ROWS).filter(any), min_size=1
 
 
 @pytest.mark.parametrize("name", RULES)
+@settings(max_examples=40)
 @given(chunks=chunks, decoded=st.integers(0, 6), page_size=st.integers(1, 5), seed=st.integers(0, 10**6))
 def test_policy_follows_its_rule(name, chunks, decoded, page_size, seed):
     """Steps of any size leave what the list model holds, and every query reads exactly that."""
