@@ -34,9 +34,10 @@ class DecodeConfig:
     block: int = 64
     """Slots a tile, a power of two, at least 16."""
     warps: int = 4
-    stages: int = 3
-    programs: int = 2
-    """Programs per multiprocessor."""
+    stages: int = 5
+    """Keys are found through page ids, so that two stages buffer one tile: 3 hold one tile in flight, 5 two, 7 three."""
+    programs: int = 3
+    """Programs per multiprocessor: as many as its registers and shared memory hold at once."""
     least: int = 128
     """Slots a program takes at least: fewer pieces to merge where there is little to read."""
 
@@ -94,7 +95,7 @@ def decode(
     }
     scale *= LOG2_E.value
     merge_rows = triton.next_power_of_2(group)
-    step = max(1, min(32, 8192 // (merge_rows * shape["DP"])))
+    step = max(1, min(32, 4096 // (merge_rows * shape["DP"])))
     _decode[(programs,)](
         q, layer.kv, pages, lengths, rows, out, lse, scratch, tickets, scale, heads, columns,
         **shape, MP=merge_rows, STEP=step, LEAST=config.least, num_warps=config.warps, num_stages=config.stages,

@@ -7,13 +7,13 @@ stored, survivors are written compactly, oldest first.
 
 from torch import Tensor
 
-from sparsekv.ops.layout import Batch, LayerPages, check_backend
+from sparsekv.ops.layout import Batch, LayerPages, LinearMarks, check_backend
 from sparsekv.ops.place import reference
 from sparsekv.ops.place.reference import align_marks
 
 __all__ = ["BACKENDS", "align_marks", "place"]
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "triton")
 
 
 def place(
@@ -22,22 +22,43 @@ def place(
     k: Tensor,
     v: Tensor,
     *,
-    marks: Tensor | None = None,
+    marks: Tensor | LinearMarks | None = None,
     slots: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Store T tokens and advance `seen`, `lengths`, `ring`, page tables and the free list, in place.
 
-    k, v: [T, H, D], keys after RoPE. marks: bool [T, H], True = forget after the window; None marks nothing.
+    k, v: [T, H, D], keys after RoPE. marks: bool [T, H], True = forget after the window; None marks nothing;
+    LinearMarks has the kernel of a decode step compute them.
     slots: int32 [B, H], decode only: the slot to overwrite, -1 to append; overrides the ring rule.
 
-    Raises PoolExhausted, before anything is written, where the pool has too few free pages; ValueError for a marked
-    token in a layer without a ring or an unknown backend.
+    Without a backend's name, Triton runs on CUDA, the reference elsewhere. The kernels never wait for the device, so
+    they cannot raise where pages run short: tokens that found none are left out and `free_count` is negative from then
+    on. The order of slots may differ between backends; what is stored does not.
+
+    Raises ValueError for a marked token in a layer without a ring, or where the backend asked for is unknown or cannot
+    run; from the reference, PoolExhausted, before anything is written, where the pool has too few free pages.
     """
     if marks is not None and layer.window == 0:
         raise ValueError("marks need a layer with a ring: build the cache with a policy whose window is at least 1")
-    check_backend(backend, k.device, BACKENDS)
-    if slots is not None or batch.longest == 1 and batch.rows.shape[0] == k.shape[0]:
-        reference.place_one(layer, batch.rows, k, v, marks, slots)
+    single = slots is not None or batch.longest == 1 and batch.rows.shape[0] == k.shape[0]
+    if check_backend(backend, k.device, BACKENDS) == "triton":
+        from sparsekv.ops.place import triton
+
+        obstacle = triton.obstacle(layer)
+        if obstacle is None:
+            if single:
+                triton.place_one(layer, batch.rows, k, v, marks, slots)
+            else:
+                triton.place_many(layer, batch, k, v, _computed(marks))
+            return
+        if backend == "triton":
+            raise ValueError(f"backend 'triton' {obstacle}; use 'reference'")
+    if single:
+        reference.place_one(layer, batch.rows, k, v, _computed(marks), slots)
     else:
-        reference.place_many(layer, batch, k, v, marks)
+        reference.place_many(layer, batch, k, v, _computed(marks))
+
+
+def _computed(marks: Tensor | LinearMarks | None) -> Tensor | None:
+    return marks.marks() if isinstance(marks, LinearMarks) else marks

@@ -28,7 +28,12 @@ def align_marks(layer: LayerPages, batch: Batch, decisions: Tensor, lag: int) ->
 def place_one(
     layer: LayerPages, rows: Tensor, k: Tensor, v: Tensor, marks: Tensor | None, slots: Tensor | None
 ) -> None:
-    """One token for each of `rows`: k, v [B, H, D]; marks [B, H]; slots [B, H] overrides the ring rule."""
+    """One token for each of `rows`, none for -1: k, v [B, H, D]; marks [B, H]; slots [B, H] overrides the ring rule."""
+    real = rows >= 0
+    if not bool(real.all()):
+        rows, k, v = rows[real], k[real], v[real]
+        marks = None if marks is None else marks[real]
+        slots = None if slots is None else slots[real]
     seen = layer.seen[rows]
     length = layer.lengths[rows]
     if slots is not None:
