@@ -3,7 +3,7 @@
 Uses nothing else of sparsekv. Positions count from 0; one logit per token and KV head.
 """
 
-from sparsekv.dms.heads import EvictionHead, linear_logits, neuron_logits
+from sparsekv.dms.heads import EvictionHead, NeuronSource, linear_logits, neuron_logits, zero_neuron_
 from sparsekv.dms.losses import bernoulli_kl, hinge, kl_student_teacher, kl_teacher_student
 from sparsekv.dms.schedule import compression_ratio, target_fraction
 from sparsekv.dms.visibility import NEVER, align, expiry, gate_logits, hard_log_keep, log_keep, marks, visible
@@ -11,6 +11,7 @@ from sparsekv.dms.visibility import NEVER, align, expiry, gate_logits, hard_log_
 __all__ = [
     "NEVER",
     "EvictionHead",
+    "NeuronSource",
     "align",
     "bernoulli_kl",
     "compression_ratio",
@@ -26,4 +27,5 @@ __all__ = [
     "neuron_logits",
     "target_fraction",
     "visible",
+    "zero_neuron_",
 ]

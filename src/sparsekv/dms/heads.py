@@ -3,10 +3,14 @@
 linear source   z[t] = w . h[t] + b, h the input of the attention layer (after its input norm); w = 0 and b = -5 at
                 the start, so that nothing is marked (arXiv 2506.05345, section 3.1).
 neuron source   z[t] = scale * q[t, c] + offset, q the first query head of each group before RoPE, c one channel of it
-                (scale 100 and offset -5 in NVIDIA's checkpoints): no new parameters.
+                (scale 100 and offset -5 in NVIDIA's checkpoints): no new parameters, but attention must do
+                without the channel, which is zeroed before and after RoPE.
 
 Logits are float32 whatever the model's dtype: a mark is a hard decision, and bfloat16 would move it.
 """
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +36,29 @@ def neuron_logits(
     """
     group = query.shape[-2] // kv_heads
     return query[..., ::group, channel].float() * scale + offset
+
+
+def zero_neuron_(query: Tensor, kv_heads: int, *, channel: int = -1) -> Tensor:
+    """Zero, in place, the channel that `neuron_logits` reads. query: [..., query_heads, head_dim], returned."""
+    query[..., :: query.shape[-2] // kv_heads, channel] = 0
+    return query
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronSource:
+    """How a checkpoint's queries carry the logits. Raises ValueError for what is no number."""
+
+    channel: int = -1
+    """Of the first query head of each group; negative from the end."""
+    scale: float = 100.0
+    offset: float = -5.0
+    rezero: bool = True
+    """Whether the channel is zeroed again after RoPE, which turns its partner into it."""
+
+    def __post_init__(self) -> None:
+        numbers = all(type(x) in (int, float) and math.isfinite(x) for x in (self.scale, self.offset))
+        if type(self.channel) is not int or not numbers or type(self.rezero) is not bool:
+            raise ValueError(f"{self} needs an integer channel, finite scale and offset, and rezero true or false")
 
 
 class EvictionHead(nn.Module):

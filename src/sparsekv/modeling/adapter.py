@@ -1,7 +1,8 @@
 """Adapters: trained eviction heads and the table that dials them, as a folder of two files.
 
 adapter_config.json holds AdapterConfig; adapter_model.safetensors holds the heads under PEFT's names
-(`base_model.model.<module>.eviction_head.weight`). Nothing in it is executable.
+(`base_model.model.<module>.eviction_head.weight`), and no tensors where the base model's own queries carry the logits
+(neuron source). Nothing in it is executable.
 """
 
 import bisect
@@ -19,9 +20,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from sparsekv.dms import EvictionHead
+from sparsekv.dms import EvictionHead, NeuronSource
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -38,6 +39,9 @@ class AdapterConfig:
     """model_type, hidden_size, num_hidden_layers, num_key_value_heads of the base model."""
     window: int
     lag: int = 0
+    source: str = "linear"
+    """"linear": eviction heads, in the adapter; "neuron": a channel of the base model's queries, as `neuron` says."""
+    neuron: NeuronSource | None = None
     offsets: list[tuple[float, float]] = field(default_factory=list)
     """Calibrated (offset on the logits, compression ratio), ascending in both."""
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -45,6 +49,12 @@ class AdapterConfig:
     training: dict[str, Any] = field(default_factory=dict)
     """How the heads were trained: steps, data, seed, hardware."""
     peft_type: str = "SPARSEKV_DMS"
+
+    def __post_init__(self) -> None:
+        if self.source not in ("linear", "neuron"):
+            raise ValueError(f"source is {self.source!r}; it must be 'linear' or 'neuron'")
+        if (self.source == "neuron") != isinstance(self.neuron, NeuronSource):
+            raise ValueError("source 'neuron' comes with its channel, scale, offset and rezero, and 'linear' with none")
 
     @property
     def max_cr(self) -> float:
@@ -94,7 +104,12 @@ class LoadedAdapter:
 
 def base_shape(model: PreTrainedModel) -> dict[str, Any]:
     """What an adapter must agree on with its base model."""
-    config = model.config.get_text_config(decoder=True)
+    return shape_of(model.config)
+
+
+def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """`base_shape` of the models that a configuration describes."""
+    config = config.get_text_config(decoder=True)
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     return {name: getattr(config, name, None) for name in names}
 
@@ -110,7 +125,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, config: AdapterConf
         if isinstance(module, EvictionHead)
         for key, tensor in module.state_dict().items()
     }
-    if not state:
+    if not state and config.source == "linear":
         raise ValueError("this model has no eviction heads to save; attach it with policy='dms' or an adapter first")
     write_adapter(folder, config, state)
 
@@ -208,7 +223,11 @@ def _config(name: str | Path, raw: Any) -> AdapterConfig:
         raise ValueError(f"{name}/{CONFIG_FILE}: offsets must ascend, both the offsets and the ratios")
     if type(raw["window"]) is not int or raw["window"] < 1 or raw.get("lag", 0) not in (0, 1):
         raise ValueError(f"{name}/{CONFIG_FILE}: window must be an integer of at least 1, and lag 0 or 1")
-    return AdapterConfig(**{**raw, "offsets": offsets})
+    try:
+        neuron = None if raw.get("neuron") is None else NeuronSource(**raw["neuron"])
+        return AdapterConfig(**{**raw, "offsets": offsets, "neuron": neuron})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}/{CONFIG_FILE}: {error}") from None
 
 
 def _shape(shape: dict[str, Any]) -> str:

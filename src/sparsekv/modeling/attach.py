@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from sparsekv.dms import EvictionHead
+from sparsekv.dms import EvictionHead, NeuronSource
 from sparsekv.modeling import adapter as adapters
+from sparsekv.modeling import neuron
 from sparsekv.modeling.attention import NAME, padding_mask, sparse_attention
 from sparsekv.modeling.checks import AttentionLayers, attention_layers
 from sparsekv.modeling.site import SITE, Attachment, PagedCache, Site
@@ -33,7 +34,8 @@ def attach(
     """Let a policy govern every full-attention layer of `model`; sliding-window layers keep their own window.
 
     policy: a name (see policies.policy_names) with its options, such as policy="streaming", budget=512 or
-    policy="dms", window=64, lag=0 (untrained heads), or a Policy.
+    policy="dms", window=64, lag=0 (untrained heads; neuron=dms.NeuronSource() for a checkpoint whose queries carry the
+    logits), or a Policy.
     adapter: a folder or hub id with trained eviction heads; cr: the compression ratio to serve it at, between 1 and the
     adapter's largest (None = as trained).
 
@@ -50,15 +52,20 @@ def attach(
         if options:
             raise ValueError(f"an adapter brings its own settings; leave out {', '.join(sorted(options))}")
         loaded = adapters.load_adapter(adapter, model)
-        options = {"window": loaded.config.window, "lag": loaded.config.lag}
+        options = {"window": loaded.config.window, "lag": loaded.config.lag, "neuron": loaded.config.neuron}
         options["offset"] = 0.0 if cr is None else loaded.config.offset_for(cr)
         policy = "dms"
     elif cr is not None:
         raise ValueError("cr picks a ratio of a trained adapter: pass adapter=..., or a budget for this policy")
     heads: dict[int, EvictionHead] = {}
+    source: NeuronSource | None = None
     if policy == "dms":
-        heads = {i: _new_head(layers, i) for i in layers.governed}
-        policy = _dms_policy(len(layers.modules), heads, options)
+        source = options.pop("neuron", None)
+        if source is not None:
+            neuron.check(layers, source)
+        else:
+            heads = {i: _new_head(layers, i) for i in layers.governed}
+        policy = _dms_policy(layers, heads, options)
     elif isinstance(policy, str):
         policy = make_policy(policy, **options)
     elif options:
@@ -66,7 +73,7 @@ def attach(
     assert isinstance(policy, Policy)
     if loaded is not None:
         loaded.copy_into(heads)
-    return _install(model, layers, policy, heads)
+    return _install(model, layers, policy=policy, heads=heads, source=source)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -89,7 +96,10 @@ def heads(model: PreTrainedModel) -> list[EvictionHead]:
     policy = attachment_of(model).policy
     if not isinstance(policy, DMSPolicy):
         raise ValueError(f"policy {policy.name!r} has no eviction heads; attach with policy='dms' or an adapter")
-    return [source for source in policy.sources if isinstance(source, EvictionHead)]
+    found = [source for source in policy.sources if isinstance(source, EvictionHead)]
+    if not found:
+        raise ValueError("this model has no eviction heads: its queries carry the logits, or a policy of your own does")
+    return found
 
 
 def _new_head(layers: AttentionLayers, index: int) -> EvictionHead:
@@ -97,15 +107,21 @@ def _new_head(layers: AttentionLayers, index: int) -> EvictionHead:
     return EvictionHead(layers.hidden_size, layers.kv_heads, device=device)
 
 
-def _dms_policy(count: int, heads: dict[int, EvictionHead], options: dict[str, Any]) -> DMSPolicy:
-    unknown = set(options) - {"window", "lag", "offset"}
+def _dms_policy(layers: AttentionLayers, heads: dict[int, EvictionHead], options: dict[str, Any]) -> DMSPolicy:
+    unknown = sorted(set(options) - {"window", "lag", "offset"})
     if unknown:
-        raise ValueError(f"policy 'dms' does not know {', '.join(sorted(unknown))}; it takes window, lag and offset")
-    return DMSPolicy([heads.get(i) for i in range(count)], **options)
+        raise ValueError(f"policy 'dms' does not know {', '.join(unknown)}; it takes window, lag, offset and neuron")
+    sources = [heads.get(i, neuron.as_read) if w is None else None for i, w in enumerate(layers.windows)]
+    return DMSPolicy(sources, **options)
 
 
 def _install(
-    model: PreTrainedModel, layers: AttentionLayers, policy: Policy, heads: dict[int, EvictionHead]
+    model: PreTrainedModel,
+    layers: AttentionLayers,
+    *,
+    policy: Policy,
+    heads: dict[int, EvictionHead],
+    source: NeuronSource | None,
 ) -> Attachment:
     attachment = Attachment(
         policy=policy, kv_heads=layers.kv_heads, head_dim=layers.head_dim, max_tokens=layers.max_tokens
@@ -121,6 +137,8 @@ def _install(
         setattr(module, SITE, site)
         hook = module.register_forward_pre_hook(_read_input, with_kwargs=True)
         attachment.undo += [hook.remove, _remover(module, SITE)]
+        if source is not None and window is None:
+            attachment.undo.append(neuron.install(layers, index, site=site, source=source))
         if index in heads:
             module.add_module(adapters.HEAD, heads[index])
             attachment.undo.append(_remover(module, adapters.HEAD))

@@ -45,6 +45,9 @@ def sparse_attention(
         raise ValueError("attention dropout is not supported: set config.attention_dropout = 0 before training")
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError("a custom 4D attention mask is not supported: pass the 2D padding mask or none")
+    if site.neuron is not None and site.neuron.rezero:
+        query = query.clone()
+        dms.zero_neuron_(query.transpose(1, 2), key.shape[1], channel=site.neuron.channel)
     if cache is not None:
         return cache.attend(site, hidden, (query, key, value), attention_mask, scale), None
     if key.shape[2] != query.shape[2]:

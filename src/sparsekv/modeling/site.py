@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache
 
+from sparsekv.dms import NeuronSource
 from sparsekv.policies import Policy
 
 SITE = "sparsekv_site"
@@ -22,8 +23,10 @@ class Site:
     policy: Policy
     attachment: "Attachment"
     hidden: Tensor | None = None
-    """[B, S, hidden_size]: the layer's input in the forward under way."""
+    """What the policy decides from, in the forward under way: the layer's input [B, S, hidden_size] or, with a neuron
+    source, the logits [B, S, kv_heads] that it read."""
     cache: "PagedCache | None" = None
+    neuron: NeuronSource | None = None
 
 
 class PagedCache(Cache):

@@ -38,7 +38,8 @@ class Step:
     layer: int
     batch: Batch
     hidden: Tensor
-    """[T, hidden_size]: the attention layer's input, after its input norm."""
+    """[T, hidden_size]: the attention layer's input, after its input norm; with DMS's neuron source its logits
+    [T, kv_heads]."""
     query: Tensor
     """[T, H * G, D], after RoPE."""
     key: Tensor
