@@ -1,15 +1,16 @@
-"""The protocol fits every row of the table in policies/base.py: tiny policies, each against a naive model of its method.
+"""The protocol fits every row of the table in policies/base.py: tiny policies, each against a naive model.
 
 A naive model is a function of one sequence's history alone, so the same check holds for rows that were forked: a policy
 whose state does not follow its rows, or whose forks share a page that one of them rewrites, fails.
 """
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
-from helpers import Run, check_pages
 
+from helpers import Run, check_pages
 from sparsekv.ops.decode import decode
 from sparsekv.ops.layout import Batch
 from sparsekv.ops.place import place
@@ -81,7 +82,7 @@ class Snap(Policy):
     def prune(self, step, pages):
         starts = step.batch.starts.tolist()
         keep = torch.zeros(len(starts) - 1, HEADS, int(pages.lengths.max()), dtype=torch.bool)
-        for b, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        for b, (start, end) in enumerate(pairwise(starts)):
             for h in range(HEADS):
                 query = step.query[start:end, h * GROUP : (h + 1) * GROUP]
                 keep[b, h, snap_kept(query, step.key[start:end, h])] = True
@@ -160,7 +161,7 @@ def weights_of(query, held):
 
 
 def naive_tova(hidden, query, prompt, head):
-    held = list(range(prompt))
+    held, last = list(range(prompt)), torch.empty(0)
     for t in range(prompt - 1, len(query)):
         if t >= prompt:
             if len(held) >= BUDGET:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import Run, attend, check_pages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import Run, attend, check_pages
 from sparsekv.policies import Policy, make_policy, policy_names
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.policies.streaming import SlidingWindowPolicy, StreamingPolicy

@@ -85,19 +85,24 @@ class RaggedCache:
     def select(self, indices: Tensor) -> None:
         """Row i becomes an exact copy of row indices[i] (int64 [n]); unnamed rows are freed and n rows are left.
 
-        Raises ValueError naming the bytes where the pool cannot hold the copies; nothing is changed then.
+        A row is moved once and copied where it is named again. Raises ValueError naming the bytes where the pool cannot
+        hold the copies; nothing is changed then.
         """
-        old, extra = self.rows, len(indices)
+        old, moved, target = self.rows, set[int](), []
+        for index in indices.tolist():
+            target.append(old + len(target) - len(moved) if index in moved else index)
+            moved.add(index)
+        target = torch.tensor(target, dtype=torch.int64, device=indices.device)
+        copies, extra = target >= old, len(target) - len(moved)
         for name in ("pages", "lengths", "seen"):
             tensor = getattr(self, name)
             setattr(self, name, torch.cat([tensor, tensor.new_zeros(len(tensor), extra, *tensor.shape[2:])], dim=1))
         self._each_by_row(lambda tensor: torch.cat([tensor, tensor.new_zeros(extra, *tensor.shape[1:])]))
-        new = torch.arange(old, old + extra, device=indices.device)
         rows = torch.arange(old, device=indices.device)
         try:
-            self.fork(indices, new)
-            self.release(rows)
-            rows = new
+            self.fork(indices[copies], target[copies])
+            self.release(rows[~torch.isin(rows, indices)])
+            rows = target
         finally:
             self.pages, self.lengths, self.seen = self.pages[:, rows], self.lengths[:, rows], self.seen[:, rows]
             self._each_by_row(lambda tensor: tensor[rows])

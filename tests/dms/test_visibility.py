@@ -1,0 +1,60 @@
+"""The rule of delayed eviction, hard and soft."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsekv import dms
+
+
+def test_mark_is_a_positive_logit():
+    assert dms.marks(torch.tensor([-1.0, 0.0, 1e-6, -math.inf, math.inf])).tolist() == [False, False, True, False, True]
+
+
+def test_golden_example():
+    """design.md, section 2: window 2, A, C and E marked."""
+    mark = torch.tensor([True, False, True, False, True, False])
+    position = torch.arange(6)
+    seen = dms.visible(position[:, None], position, mark, 2)
+    names = ["".join("ABCDEF"[k] for k in row.nonzero()[:, 0]) for row in seen]
+    assert names == ["A", "AB", "BC", "BCD", "BDE", "BDEF"]
+
+
+@given(q=st.integers(0, 50), k=st.integers(0, 50), mark=st.booleans(), window=st.integers(1, 20))
+def test_expiry_says_the_same_as_visible(q, k, mark, window):
+    query, key, marked = torch.tensor(q), torch.tensor(k), torch.tensor(mark)
+    until = dms.expiry(key, marked, window)
+    assert bool(dms.visible(query, key, marked, window)) == (k <= q < int(until))
+    assert mark or until == dms.NEVER
+
+
+def test_align_moves_decisions_to_the_tokens_they_decide():
+    x = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert dms.align(x, 0, fill=0) is x
+    assert dms.align(x, 1, fill=0).tolist() == [[2, 3, 0], [5, 6, 0]]
+    assert dms.align(x > 2, 1, fill=False).tolist() == [[False, True, False], [True, True, False]]
+
+
+def test_gate_logits_are_logistic_noise_over_tau():
+    """P(alpha > 1/2) = P(z + g > 0) = sigmoid(z), whatever tau is."""
+    z = torch.full((40_000,), 0.7)
+    for tau in (0.1, 1.0):
+        gate = dms.gate_logits(z, tau=tau, generator=torch.Generator().manual_seed(0))
+        assert float((gate > 0).float().mean()) == pytest.approx(float(torch.tensor(0.7).sigmoid()), abs=0.01)
+        assert float((gate * tau).mean()) == pytest.approx(0.7, abs=0.03)
+        assert float((gate * tau).std()) == pytest.approx(math.pi / math.sqrt(3), abs=0.03)
+    assert torch.isfinite(dms.gate_logits(torch.zeros(10**6), tau=0.1)).all()
+
+
+def test_log_keep_is_log_of_one_minus_alpha():
+    gate = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.float64)
+    assert torch.allclose(dms.log_keep(gate), (1 - gate.sigmoid()).log())
+    assert torch.allclose(dms.log_keep(torch.tensor([-1e4, 1e4])), torch.tensor([0.0, -1e4]))
+
+
+def test_hard_log_keep():
+    assert dms.hard_log_keep(torch.tensor([True, False])).tolist() == [-math.inf, 0]
+    assert dms.hard_log_keep(torch.tensor([True]), torch.float64).dtype == torch.float64
