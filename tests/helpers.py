@@ -1,5 +1,6 @@
 """What many tests share: tiny random models, random heads, the oracle of the hard rule, a policy on a bare cache."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +82,7 @@ def dms_model(family: str = "Llama", *, window: int = 4, lag: int = 0, bias: flo
 @torch.no_grad()
 def oracle_logits(attached: Any, ids: Tensor, *, window: int, lag: int = 0) -> Tensor:
     """[1, S, vocab]: one unpadded text through an unattached twin whose attention applies the hard mask densely."""
-    twin = type(attached)(attached.config).to(attached.dtype).eval()
+    twin = type(attached)(deepcopy(attached.config)).to(attached.dtype).eval()
     twin.load_state_dict(attached.state_dict(), strict=False)
     heads = iter(sparsekv.heads(attached))
     for layer in twin.model.layers:
@@ -121,7 +122,7 @@ def _naive_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     group = query.shape[1] // key.shape[1]
-    visible = module.oracle.visible(query.shape[2]).repeat_interleave(group, 0)
+    visible = module.oracle.visible(query.shape[2]).expand(key.shape[1], -1, -1).repeat_interleave(group, 0)
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = (query @ key.transpose(-1, -2) * module.scaling).masked_fill(~visible, -torch.inf)
     return (scores.softmax(-1) @ value).transpose(1, 2), None
