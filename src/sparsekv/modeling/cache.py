@@ -2,7 +2,7 @@
 
 One row per sequence of the batch. Each layer's keys and values go from the attention function to the policy's slots;
 the Cache methods that `generate` calls only count columns. A forward that the pool cannot hold leaves the cache as it
-was; one that another error interrupts is taken back when the next begins.
+was; one that another error interrupts before its last attention layer is taken back when the next begins.
 """
 
 from dataclasses import dataclass, field

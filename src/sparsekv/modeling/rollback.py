@@ -1,8 +1,9 @@
 """Take back a prefill that failed half-way, so that the cache is as it was before.
 
 Pages come off the top of the free stack and nothing is pushed during a forward, so putting the count back frees them.
-The only stored tokens that a prefill overwrites are the marked ones that leave the window and, where the policy merges
-tokens, the last of each head; those are saved, and so is the policy's state.
+The only stored tokens that a prefill overwrites are the marked ones that leave the window, the newest, which it may mark
+itself (lag), and, where the policy merges tokens, the last slot of each head; those are saved, and so is the policy's
+state.
 """
 
 import torch
@@ -38,6 +39,9 @@ class Rollback:
             freed, slots = expired(layer, batch.rows, seen, seen + batch.counts)
             entry = torch.arange(slots.shape[-1], device=slots.device)
             self._save(layer, batch, slots, entry < freed.sum(-1)[..., None])
+            newest = ((seen - 1) % layer.window).long()
+            slots = layer.ring[batch.rows, :, newest][..., None] >> 1
+            self._save(layer, batch, slots, (seen > 0)[:, None, None].expand_as(slots))
 
     def _save(self, layer: LayerPages, batch: Batch, slots: Tensor, chosen: Tensor) -> None:
         """slots: int [B, H, n], of which those in chosen (bool, the same shape) are saved."""
