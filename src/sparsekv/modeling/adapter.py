@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparsekv.dms import EvictionHead, NeuronSource
 
@@ -28,6 +28,8 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HEAD = "eviction_head"
 """The name of an attention module's eviction head."""
+SHAPE_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+"""The entries of a model's configuration that an adapter must agree on with its base model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class AdapterConfig:
 
     base_model_name_or_path: str
     base_shape: dict[str, Any]
-    """model_type, hidden_size, num_hidden_layers, num_key_value_heads of the base model."""
+    """SHAPE_KEYS of the base model."""
     window: int
     lag: int = 0
     source: str = "linear"
@@ -104,14 +106,8 @@ class LoadedAdapter:
 
 def base_shape(model: PreTrainedModel) -> dict[str, Any]:
     """What an adapter must agree on with its base model."""
-    return shape_of(model.config)
-
-
-def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """`base_shape` of the models that a configuration describes."""
-    config = config.get_text_config(decoder=True)
-    names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    return {name: getattr(config, name, None) for name in names}
+    config = model.config.get_text_config(decoder=True)
+    return {name: getattr(config, name, None) for name in SHAPE_KEYS}
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path, config: AdapterConfig) -> None:
