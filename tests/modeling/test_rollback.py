@@ -121,8 +121,7 @@ class Budget(Policy):
 
     def prune(self, step, pages):
         self.count(step, pages)
-        keep = torch.arange(int(pages.lengths.max())) >= pages.lengths[step.batch.rows][..., None] - 3
-        return keep
+        return torch.arange(int(pages.lengths.max())) >= pages.lengths[step.batch.rows][..., None] - 3
 
     def count(self, step, pages):
         step.state.setdefault("steps", torch.zeros(pages.lengths.shape[0]))[step.batch.rows] += 1
@@ -183,7 +182,7 @@ def test_an_interrupted_decode_step_says_what_to_do():
     with pytest.raises(RuntimeError, match="boom"):
         run(model, ids[:, 13:14], [], cache)
     hook.remove()
-    with pytest.raises(ValueError, match="a decode step was interrupted half-way; call cache.reset"):
+    with pytest.raises(ValueError, match="a decode step was interrupted half-way"):
         run(model, ids[:, 13:14], [], cache)
     cache.reset()
     out = run(model, ids, [], cache)[0]
@@ -224,6 +223,15 @@ def test_another_batch_size():
     run(model, tokens(2, 5), [], cache)
     with pytest.raises(ValueError, match="the cache holds 2 sequences and the batch has 3; use a new SparseCache"):
         run(model, tokens(3, 1), [], cache)
+
+
+def test_a_cache_of_another_attachment():
+    model = dms_model(window=4)
+    cache = SparseCache(model)
+    sparsekv.detach(model)
+    sparsekv.attach(model, policy="dms", window=9)
+    with pytest.raises(ValueError, match=r"this cache was made for another model or policy: make a new SparseCache"):
+        run(model, tokens(1, 5), [], cache)
 
 
 def test_cropping():

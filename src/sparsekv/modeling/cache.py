@@ -102,6 +102,8 @@ class SparseCache(PagedCache):
     ) -> Tensor:
         """One layer of a forward. hidden: [B, S, hidden_size]; q: [B, H * G, S, D]; k, v: [B, H, S, D]; mask: bool
         [B, columns + S] or None. Returns [B, S, H * G, D]."""
+        if site.attachment is not self.attachment:
+            raise ValueError("this cache was made for another model or policy: make a new SparseCache(model)")
         if site.layer == 0:
             self._begin(qkv[1], mask)
         forward = self._forward
