@@ -1,7 +1,6 @@
 """The attention kernels alone, at the live lengths that a compression ratio leaves: `decode` and `prefill`.
 
-Lengths are log-normal over heads (sigma 0.7, mean context / ratio), as learned heads are: some keep nearly everything,
-many keep little. Bytes are those of the live keys and values; bandwidth is compared with a copy in the same run.
+Bytes are those of the live keys and values; bandwidth is compared with a copy in the same run.
 """
 
 import math
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from sparsekv.bench.fill import fill, spread_lengths
 from sparsekv.bench.shapes import Shape
 from sparsekv.bench.timing import copy_bandwidth, environment, graph_ms, median_ms
 from sparsekv.cache.pages import PagePool
@@ -20,35 +20,8 @@ from sparsekv.ops.decode import decode
 from sparsekv.ops.layout import batch_of
 from sparsekv.ops.prefill import prefill
 
-SPREAD = 0.7
-"""The log-normal's sigma."""
 L2_BYTES = 128 * 2**20
 """Rotating over inputs of at least this size leaves nothing of one call in the cache for the next."""
-
-
-def spread_lengths(heads: int, mean: float, longest: int, generator: torch.Generator, floor: int = 1) -> Tensor:
-    """int64 [heads]: log-normal lengths whose mean is `mean`, each between floor and longest."""
-    draw = torch.exp(SPREAD * torch.randn(heads, generator=generator, dtype=torch.float64))
-    lengths = draw
-    for _ in range(20):  # clipping moves the mean: scale again
-        lengths = (draw * (mean / lengths.mean())).clamp(floor, longest)
-        draw = lengths
-    return lengths.round().long()
-
-
-def fill(ragged: RaggedCache, lengths: Tensor, generator: torch.Generator) -> None:
-    """Give each head of int64 lengths [N, R, H] its pages, in random order, with random contents; nothing is marked."""
-    pool = ragged.pool
-    pages = -(-lengths // pool.page_size)
-    total = int(pages.sum())
-    if total > pool.pages_free:
-        raise ValueError(pool.shortage(total))
-    ids = pool.take(total)[torch.randperm(total, generator=generator).to(pool.kv.device)].int()
-    pool.kv.normal_()
-    used = torch.arange(ragged.pages.shape[-1]) < pages[..., None]
-    ragged.pages[used.to(ragged.pages.device)] = ids
-    ragged.lengths.copy_(lengths)
-    ragged.seen.copy_(lengths.amax(-1))
 
 
 def bench_decode(

@@ -35,7 +35,7 @@ def median_ms(run: Callable[[], Any], device: torch.device, *, warmup: int = 3, 
 
 
 def graph_ms(runs: list[Callable[[], Any]], device: torch.device, *, repeats: int = 20) -> float:
-    """Median milliseconds of one of `runs`, all of which are captured in one CUDA graph: no launch gaps and, with inputs
+    """Median milliseconds of one of `runs`, all captured in one CUDA graph: no launch gaps and, with inputs
     that together exceed the L2 cache, no hits left over from the run before. On the CPU the runs follow one another.
     """
 

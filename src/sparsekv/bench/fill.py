@@ -1,0 +1,49 @@
+"""A cache as a learned policy leaves it, without running a model: ragged lengths, scattered pages, a marked ring.
+
+Lengths are log-normal over heads (sigma 0.7, mean context / ratio): some heads keep nearly all, many keep little.
+"""
+
+import torch
+from torch import Tensor
+
+from sparsekv.cache.ragged import RaggedCache
+
+SPREAD = 0.7
+"""The log-normal's sigma."""
+
+
+def spread_lengths(heads: int, mean: float, longest: int, generator: torch.Generator, *, least: int = 1) -> Tensor:
+    """int64 [heads]: log-normal lengths whose mean is `mean`, each between least and longest."""
+    lengths = torch.exp(SPREAD * torch.randn(heads, generator=generator, dtype=torch.float64))
+    for _ in range(20):  # clipping moves the mean: scale again
+        lengths = (lengths * (mean / lengths.mean())).clamp(least, longest)
+    return lengths.round().long()
+
+
+def pages_for(lengths: Tensor, page_size: int) -> int:
+    """How many pages heads of int64 lengths take."""
+    return int((-(-lengths // page_size)).sum())
+
+
+def fill(
+    ragged: RaggedCache, lengths: Tensor, generator: torch.Generator, *, seen: int = 0, marked: float = 0.0
+) -> None:
+    """Give each head of int64 lengths [N, R, H] its pages, in random order, with random contents.
+
+    seen: tokens that each row has seen; marked: the share of marks in the rings, whose tokens lie in the last slots.
+    Raises ValueError where the pool is too small.
+    """
+    pool = ragged.pool
+    total = pages_for(lengths, pool.page_size)
+    ids = pool.take(total)[torch.randperm(total, generator=generator).to(pool.kv.device)].int()
+    for page in pool.kv.split(1 << 14):
+        page.normal_()
+    used = torch.arange(ragged.pages.shape[-1]) < -(-lengths // pool.page_size)[..., None]
+    ragged.pages[used.to(ragged.pages.device)] = ids
+    ragged.lengths.copy_(lengths)
+    ragged.seen.fill_(seen)
+    for ring, length in zip(ragged.rings, lengths, strict=True):
+        window = ring.shape[-1]
+        slot = length[..., None] - window + torch.arange(window)
+        mark = torch.rand(slot.shape, generator=generator) < marked
+        ring.copy_(slot << 1 | mark.long())
