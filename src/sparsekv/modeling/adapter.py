@@ -153,11 +153,12 @@ def push_to_hub(folder: str | Path, repo_id: str, *, token: str | None = None, p
 def read_adapter(name: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """The configuration and tensors of an adapter folder or hub id. Raises ValueError for anything else."""
     folder = _folder(str(name))
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise ValueError(f"{name} is not an adapter: it has no {file}")
     try:
         raw = json.loads((folder / CONFIG_FILE).read_text())
         state = load_file(folder / WEIGHTS_FILE)
-    except FileNotFoundError as error:
-        raise ValueError(f"{name} is not an adapter: it has no {Path(error.filename).name}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"the adapter {name} is damaged ({error}); fetch or train it again") from None
     return _config(name, raw), state
