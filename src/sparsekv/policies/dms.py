@@ -6,6 +6,7 @@ one set of heads to any ratio: -inf marks nothing (dense), +inf everything past 
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from sparsekv import dms
@@ -32,8 +33,27 @@ class DMSPolicy(Policy):
             raise ValueError(f"lag is {lag}; the logit of token k + lag decides token k, and lag is 0 or 1")
         self.sources = sources
         self.lag = lag
-        self.offset = offset
+        self._offset = float(offset)
+        self._offsets: dict[torch.device, Tensor] = {}
         self._window = window
+
+    @property
+    def offset(self) -> float:
+        """Added to every logit. Assigning it takes effect from the next forward on, also in recorded CUDA graphs."""
+        return self._offset
+
+    @offset.setter
+    def offset(self, value: float) -> None:
+        self._offset = float(value)
+        for tensor in self._offsets.values():
+            tensor.fill_(self._offset)
+
+    def offset_on(self, device: torch.device) -> Tensor:
+        """The offset as a float32 scalar tensor, the same one at every call: kernels and graphs may keep it."""
+        if device not in self._offsets:
+            with torch.inference_mode(False):  # so that a later assignment may write to it
+                self._offsets[device] = torch.tensor(self._offset, dtype=torch.float32, device=device)
+        return self._offsets[device]
 
     def window(self, layer: int) -> int:
         return self._window
@@ -42,7 +62,7 @@ class DMSPolicy(Policy):
         """float32 [..., kv_heads], the offset included."""
         source = self.sources[layer]
         assert source is not None
-        return source(hidden) + self.offset
+        return source(hidden) + self.offset_on(hidden.device)
 
     def marks(self, step: Step) -> Tensor:
         return dms.marks(self.logits(step.layer, step.hidden))

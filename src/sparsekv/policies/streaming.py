@@ -25,6 +25,9 @@ class StreamingPolicy(Policy):
     def window(self, layer: int) -> int:
         return self.budget - self.sinks
 
+    def most_held(self, layer: int, tokens: int) -> int:
+        return min(tokens, self.budget)
+
     def marks(self, step: Step) -> Tensor:
         return (step.positions >= self.sinks)[:, None].expand(-1, step.key.shape[1])
 

@@ -1,0 +1,84 @@
+"""Move a row of the ragged cache to host memory and back, bit for bit, compressed as it is.
+
+What leaves is what the row owns: its pages (whole, so that every slot keeps its place), lengths, tokens seen, rings and
+the policy's own tensors. Pages shared with other rows stay with those. Both directions wait for the device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsekv.cache.ragged import RaggedCache
+
+CHUNK = 4096
+"""Pages moved at once, so that a full device needs little room for the copy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwappedRow:
+    """One row in host memory; never written to, so that several rows may be swapped in from it."""
+
+    kv: Tensor
+    """[pages, 2, C, D], in the order of layers, heads and page-table columns."""
+    lengths: Tensor
+    """int32 [N, H]."""
+    seen: Tensor
+    """int32 [N]."""
+    rings: list[Tensor]
+    """Per layer int32 [H, W]."""
+    state: list[dict[str, Tensor]]
+    """Per layer, the policy's own tensors."""
+
+    @property
+    def pages(self) -> int:
+        return self.kv.shape[0]
+
+    @property
+    def bytes(self) -> int:
+        return self.kv.numel() * self.kv.element_size()
+
+
+def swap_out(cache: RaggedCache, row: int) -> SwappedRow:
+    """Copy a row to host memory. The row stays as it is: release it to free its pages."""
+    rows = torch.tensor([row], device=cache.lengths.device)
+    ids = cache.pages[:, rows][cache.owned(rows)].long()
+    host = torch.empty(len(ids), *cache.pool.kv.shape[1:], dtype=cache.pool.kv.dtype)
+    for part, into in zip(ids.split(CHUNK), host.split(CHUNK), strict=True):
+        into.copy_(cache.pool.kv[part])
+    return SwappedRow(
+        kv=host,
+        lengths=_host(cache.lengths[:, row]),
+        seen=_host(cache.seen[:, row]),
+        rings=[_host(ring[row]) for ring in cache.rings],
+        state=[{name: _host(tensor[row]) for name, tensor in state.items()} for state in cache.state],
+    )
+
+
+def swap_in(cache: RaggedCache, row: int, swapped: SwappedRow) -> None:
+    """Fill an empty row from host memory.
+
+    Raises ValueError naming the bytes where the pool has too few free pages; nothing is changed then.
+    """
+    assert not bool(cache.lengths[:, row].any()), "swap_in needs an empty row"
+    device = cache.lengths.device
+    ids = cache.pool.take(swapped.pages)
+    for part, source in zip(ids.split(CHUNK), swapped.kv.split(CHUNK), strict=True):
+        cache.pool.kv[part] = source.to(device)
+    cache.lengths[:, row] = swapped.lengths.to(device)
+    cache.seen[:, row] = swapped.seen.to(device)
+    rows = torch.tensor([row], device=device)
+    pages = cache.pages[:, rows]
+    pages[cache.owned(rows)] = ids.int()
+    cache.pages[:, rows] = pages
+    for ring, source in zip(cache.rings, swapped.rings, strict=True):
+        ring[row] = source.to(device)
+    for state, source in zip(cache.state, swapped.state, strict=True):
+        for name, tensor in source.items():
+            if name not in state:
+                state[name] = tensor.new_zeros(cache.rows, *tensor.shape).to(device)
+            state[name][row] = tensor.to(device)
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()

@@ -1,0 +1,7 @@
+"""Requests in, tokens out: continuous batching over one pool of pages, on plain Transformers models."""
+
+from sparsekv.engine.llm import LLM
+from sparsekv.engine.outputs import CompletionOutput, Logprob, RequestKV, RequestOutput, Session
+from sparsekv.engine.params import SamplingParams
+
+__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestKV", "RequestOutput", "SamplingParams", "Session"]

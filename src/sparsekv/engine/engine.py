@@ -1,0 +1,299 @@
+"""The loop: ask the scheduler, run, read back, finish.
+
+With async scheduling one step is in flight while the one before is read back. A sequence whose end is then found has
+run one step too far: that token is dropped, and its place in the cache is that of the token it followed, so nothing is
+lost. Whatever changes rows (finish, fork, swap, cancel) first reads back what is in flight.
+"""
+
+import random
+from collections import deque
+
+import numpy as np
+
+from sparsekv.cache.pages import human_bytes
+from sparsekv.engine.detokenizer import Detokenizer
+from sparsekv.engine.finish import append_token
+from sparsekv.engine.outputs import RequestOutput, Session
+from sparsekv.engine.params import SamplingParams
+from sparsekv.engine.request import Request, Sequence, Status
+from sparsekv.engine.runner import Pending, Runner, StepResult
+from sparsekv.engine.scheduler import GiveUp, Idle, RunStep, Scheduler, Settle, SwapIn, SwapOut
+
+
+class Engine:
+    """runner and scheduler agree on rows and pages. max_model_len: tokens of one sequence; vocab: token ids are below
+    it; eos: token ids that end a text; tokenizer: for text out, or None."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        max_model_len: int,
+        vocab: int,
+        eos: frozenset[int] = frozenset(),
+        tokenizer: object | None = None,
+        async_scheduling: bool = False,
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.max_model_len = max_model_len
+        self.vocab = vocab
+        self.eos = eos
+        self.tokenizer = tokenizer
+        self.depth = 1 if async_scheduling else 0
+        """Steps that may be in flight when `step` returns."""
+        self.requests: dict[str, Request] = {}
+        self.arrivals = 0
+        self._in_flight: deque[tuple[RunStep, Pending]] = deque()
+        self._ended: list[Sequence] = []
+        self._forks: list[tuple[Sequence, list[Sequence]]] = []
+        self._touched: dict[Request, None] = {}
+        self._reads = np.zeros(runner.ragged.rows, dtype=np.int64)
+
+    # What users of the engine call
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests or self._touched)
+
+    def add(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        text: str | None = None,
+        keep: bool = False,
+        session: Session | None = None,
+        request_id: str | None = None,
+    ) -> Request:
+        """Queue a request. prompt: token ids, those after the session's where one is continued.
+
+        Raises ValueError for an empty prompt, ids outside the vocabulary, a prompt that leaves no room in the context,
+        a session of another engine, an id in use, or a request that the pool can never hold, naming the bytes.
+        """
+        tokens = [*session.tokens, *prompt] if session is not None else list(prompt)
+        self._check(prompt, tokens, session)
+        request_id = str(self.arrivals) if request_id is None else request_id
+        if request_id in self.requests:
+            raise ValueError(f"request id {request_id!r} is in use; choose another")
+        room = self.max_model_len - len(tokens)
+        request = Request(
+            id=request_id,
+            arrival=self.arrivals,
+            prompt=tokens,
+            params=params,
+            seed=random.getrandbits(63) if params.seed is None else params.seed % 2**63,
+            most_new=room if params.max_tokens is None else min(room, params.max_tokens),
+            text=text,
+            keep=keep,
+            stop_ids=frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos),
+            heads=self.scheduler.ledger.heads,
+        )
+        self._check_memory(request)
+        self.arrivals += 1
+        request.sequences = [self._sequence(request, i, session) for i in range(params.n)]
+        self.requests[request_id] = request
+        self.scheduler.add(request.sequences[0])
+        return request
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns the state of every request that it changed. Finished ones have freed their pages."""
+        self._advance()
+        depth = 0 if any(_starts_samples(step) for step, _ in self._in_flight) else self.depth
+        while len(self._in_flight) > depth:
+            self._read_back()
+        if self._ended or self._forks or not self._in_flight:
+            self._settle()
+        touched, self._touched = self._touched, {}
+        return [request.output() for request in touched]
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request, if it is not finished yet, and free its pages at once."""
+        self._settle()
+        request = self.requests.get(request_id)
+        if request is not None:
+            for sequence in request.sequences:
+                self._end(sequence, "abort")
+            self._settle()
+
+    # The loop
+
+    def _advance(self) -> None:
+        """Give the device its next step, and do what must come before it."""
+        while True:
+            match self.scheduler.decide(in_flight=bool(self._in_flight)):
+                case RunStep() as step:
+                    self._in_flight.append((step, self.runner.execute(step)))
+                    self.scheduler.issued(step)
+                    return
+                case Settle():
+                    self._settle()
+                case SwapOut(sequence=sequence):
+                    self._swap_out(sequence)
+                case SwapIn(sequence=sequence, row=row):
+                    self._swap_in(sequence, row)
+                case GiveUp(sequence=sequence):
+                    for each in sequence.request.sequences:
+                        if each is sequence or each.status is Status.PENDING:
+                            self._end(each, "length", stop_reason="kv_memory")
+                    self._settle()
+                case Idle():
+                    return
+
+    def _settle(self) -> None:
+        """Read back everything in flight, fork what has been prefilled, free what has ended."""
+        while self._in_flight:
+            self._read_back()
+        for trunk, children in self._forks:
+            self._fork(trunk, children)
+        self._forks.clear()
+        rows = []
+        for sequence in self._ended:
+            if sequence.request.keep and sequence.finish_reason != "abort":
+                self._keep(sequence)
+            row = self.scheduler.remove(sequence)
+            sequence.swapped = sequence.detokenizer = None
+            if row is not None:
+                rows.append(row)
+            if sequence.request.finished:
+                self.requests.pop(sequence.request.id, None)
+        self._ended.clear()
+        if rows:
+            self.runner.release(rows)
+            self.scheduler.ledger.refresh(*self.runner.account())
+
+    def _read_back(self) -> None:
+        """Take in the oldest step in flight."""
+        step, pending = self._in_flight.popleft()
+        result = pending.result()
+        self.scheduler.ledger.settle(result.lengths, result.free)
+        self._count(step, result)
+        for chunk in step.chunks:
+            children = chunk.samples[1:]
+            if children:
+                for child in children:
+                    child.placed, child.counters = chunk.sequence.placed, chunk.sequence.counters.copy()
+                self._forks.append((chunk.sequence, children))
+        for i, sequence in enumerate(step.samples):
+            if sequence.status is not Status.FINISHED:
+                self._touched[sequence.request] = None
+                logprobs = None if result.logprobs is None else result.logprobs[i]
+                append_token(sequence, result.tokens[i], logprobs, self.tokenizer)
+                if sequence.finish_reason is not None:
+                    self._end(sequence, sequence.finish_reason, stop_reason=sequence.stop_reason)
+        self.scheduler.observe_ratio()
+
+    def _count(self, step: RunStep, result: StepResult) -> None:
+        held = result.lengths.sum((0, 2), dtype=np.int64)
+        read = held if result.reads is None else result.reads - self._reads
+        for sequence in step.decodes:
+            if sequence.status is not Status.FINISHED:
+                sequence.counters.reads += int(read[sequence.row_()])
+        for sequence in [*step.decodes, *(chunk.sequence for chunk in step.chunks)]:
+            sequence.counters.held = int(held[sequence.row_()])
+            sequence.counters.peak = max(sequence.counters.peak, sequence.counters.held)
+        if result.reads is not None:
+            self._reads = result.reads
+
+    # Rows
+
+    def _end(self, sequence: Sequence, reason: str, *, stop_reason: int | str | None = None) -> None:
+        """Mark a sequence as finished; `_settle` frees what it owns."""
+        if sequence.status is Status.FINISHED:
+            return
+        sequence.finish(reason, stop_reason=stop_reason)
+        if sequence.detokenizer is not None and sequence.text is None:
+            sequence.detokenizer.finish()
+            sequence.text = sequence.detokenizer.text
+        self._ended.append(sequence)
+        self._touched[sequence.request] = None
+
+    def _fork(self, trunk: Sequence, children: list[Sequence]) -> None:
+        """Start the other samples of a request: as copies of its row, or from host memory where there is no room."""
+        alive = [child for child in children if child.status is Status.PENDING]
+        row, scheduler = trunk.row_(), self.scheduler
+        count = scheduler.forks(trunk, self.runner.fork_cost(row)) if alive else 0
+        if len(alive) > count or (trunk.request.keep and any(c.status is Status.FINISHED for c in children)):
+            swapped = self.runner.swap_out(row)
+            for child in children:
+                if child not in alive[:count]:
+                    child.swapped = swapped
+        for child in alive[count:]:
+            child.status = Status.SWAPPED
+            scheduler.add(child)
+        if count:
+            self.runner.fork(row, scheduler.free_rows[-count:])
+            for child in alive[:count]:
+                scheduler.start(child, scheduler.free_rows[-1])
+                self.runner.assign(child)
+            scheduler.ledger.refresh(*self.runner.account())
+
+    def _swap_out(self, sequence: Sequence) -> None:
+        sequence.swapped = self.runner.swap_out(sequence.row_())
+        row = self.scheduler.remove(sequence)
+        assert row is not None
+        self.runner.release([row])
+        sequence.status = Status.SWAPPED
+        self.scheduler.add(sequence)
+        self.scheduler.ledger.refresh(*self.runner.account())
+
+    def _swap_in(self, sequence: Sequence, row: int) -> None:
+        assert sequence.swapped is not None
+        self.runner.swap_in(row, sequence.swapped)
+        self.scheduler.remove(sequence)
+        self.scheduler.start(sequence, row)
+        self.runner.assign(sequence)
+        sequence.swapped = None
+        self.scheduler.ledger.refresh(*self.runner.account())
+
+    def _keep(self, sequence: Sequence) -> None:
+        state = sequence.swapped if sequence.row is None else self.runner.swap_out(sequence.row)
+        if state is not None:
+            tokens, placed = list(sequence.tokens), sequence.placed
+            sequence.session = Session(tokens=tokens, placed=placed, state=state, owner=id(self))
+
+    # New requests
+
+    def _sequence(self, request: Request, index: int, session: Session | None) -> Sequence:
+        status = Status.PENDING if index else Status.WAITING if session is None else Status.SWAPPED
+        detokenizer = None
+        if self.tokenizer is not None:
+            skip = request.params.skip_special_tokens
+            detokenizer = Detokenizer(self.tokenizer, request.prompt, skip_special_tokens=skip)
+        sequence = Sequence(
+            request=request, index=index, tokens=list(request.prompt), status=status, detokenizer=detokenizer
+        )
+        if status is Status.SWAPPED and session is not None:
+            sequence.placed, sequence.swapped = session.placed, session.state
+        return sequence
+
+    def _check(self, prompt: list[int], tokens: list[int], session: Session | None) -> None:
+        if not prompt:
+            raise ValueError("the prompt is empty; give at least one token")
+        if session is not None and session.owner != id(self):
+            raise ValueError("this session belongs to another LLM; continue it where it was made")
+        wrong = next((t for t in prompt if isinstance(t, bool) or not isinstance(t, int | np.integer)), None)
+        wrong = next((t for t in prompt if not 0 <= t < self.vocab), None) if wrong is None else wrong
+        if wrong is not None:
+            raise ValueError(f"the prompt holds {wrong!r}; token ids are integers from 0 to {self.vocab - 1}")
+        if len(tokens) >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens and the context is {self.max_model_len}, the output included; "
+                "shorten it or raise max_model_len"
+            )
+
+    def _check_memory(self, request: Request) -> None:
+        pool, needed = self.runner.ragged.pool, self.scheduler.pages_needed(request)
+        if needed > pool.pages:
+            raise ValueError(
+                f"a request of {len(request.prompt)} prompt tokens and up to {request.most_new} new ones needs about "
+                f"{human_bytes(needed * pool.page_bytes)} of KV memory and the pool has "
+                f"{human_bytes(pool.pages * pool.page_bytes)}; raise kv_memory or the compression ratio, or lower "
+                "max_tokens"
+            )
+
+
+def _starts_samples(step: RunStep) -> bool:
+    """Whether several samples start from a prompt that this step completes: they fork before the first goes on."""
+    return any(len(chunk.samples) > 1 for chunk in step.chunks)

@@ -1,0 +1,108 @@
+"""Decode steps as CUDA graphs of the compiled, unmodified model, one for each batch bucket.
+
+A graph reads static buffers: token ids, positions and rows. A step smaller than its bucket is padded with row -1, which
+the kernels skip. Lengths, page tables and the offset live in tensors that never move, so nothing is ever re-recorded.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekv.engine.cache import EngineCache, Part
+from sparsekv.ops.layout import Batch
+from sparsekv.policies import Policy
+
+log = logging.getLogger(__name__)
+
+WARM_UPS = 2
+"""Runs before recording: compilation, and kernels' own first-time work."""
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+"""(ids int64 [1, T], positions int64 [1, T]) -> logits [T, vocab]."""
+
+
+def buckets_up_to(rows: int) -> list[int]:
+    """1, 2, 4, 8, 16, 24, ... and rows itself."""
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, rows + 1, 16)]
+    return [*(size for size in sizes if size < rows), rows]
+
+
+def why_not_graphable(cache: EngineCache) -> str | None:
+    """The reason why decode steps of these policies cannot be recorded, or None."""
+    for site in cache.sites:
+        policy = site.policy
+        own = [n for n in ("slots", "place", "read", "observe") if getattr(type(policy), n) is not getattr(Policy, n)]
+        if own or policy.needs_weights or policy.lag:
+            what = f"its own {', '.join(own)}" if own else f"lag {policy.lag}" if policy.lag else "attention weights"
+            return f"policy {policy.name!r} uses {what} in decode steps"
+    return None
+
+
+class DecodeGraphs:
+    """Records on construction. device: a CUDA device; rows: the largest batch."""
+
+    def __init__(self, model: Any, cache: EngineCache, *, rows: int, device: torch.device) -> None:
+        self.cache = cache
+        self.ids = torch.zeros(1, rows, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(1, rows, dtype=torch.int64, device=device)
+        self.rows = torch.full((rows,), -1, dtype=torch.int64, device=device)
+        self.seen = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self._forward = _compiled(model, cache)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(buckets_up_to(rows)):
+            self._graphs[size] = self._record(size, pool)
+        self._sizes = sorted(self._graphs)
+        log.info("recorded decode graphs for batches of %s", self._sizes)
+
+    def run(self, ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """ids, rows, positions: int64 [n] on the device. Returns logits [n, vocab], valid until the next run."""
+        count = ids.shape[0]
+        size = next(size for size in self._sizes if size >= count)
+        self.ids[0, :count] = ids
+        self.positions[0, :count] = positions
+        self.seen[:count] = positions
+        self.rows[:count] = rows
+        self.rows[count:size] = -1
+        graph, logits = self._graphs[size]
+        graph.replay()
+        return logits[:count]
+
+    def _record(self, size: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        self.cache.parts = (self._part(size), None)
+        ids, positions = self.ids[:, :size], self.positions[:, :size]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._forward(ids, positions)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits = self._forward(ids, positions)
+        return graph, logits
+
+    def _part(self, size: int) -> Part:
+        batch = Batch(rows=self.rows[:size], starts=self.starts[: size + 1], longest=1)
+        return Part(batch=batch, seen=self.seen[:size], tokens=size)
+
+
+def _compiled(model: Any, cache: EngineCache) -> Forward:
+    """One compilation serves all buckets above 1: the number of tokens is dynamic."""
+
+    def forward(ids: Tensor, positions: Tensor) -> Tensor:
+        return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
+
+    compiled = torch.compile(forward, fullgraph=True)
+
+    def run(ids: Tensor, positions: Tensor) -> Tensor:
+        if ids.shape[1] > 1:
+            torch._dynamo.mark_dynamic(ids, 1)
+            torch._dynamo.mark_dynamic(positions, 1)
+        return compiled(ids, positions)
+
+    return run

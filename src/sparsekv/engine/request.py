@@ -1,0 +1,165 @@
+"""A request and its samples: the state that the scheduler decides on and the runner reads.
+
+A sample's tokens are counted twice: `placed` and `sampled` count what the device was told to do, `tokens` holds what
+the host has read back, at most one step behind.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from sparsekv.engine.outputs import CompletionOutput, Logprob, RequestKV, RequestOutput, Session
+from sparsekv.engine.params import SamplingParams
+
+if TYPE_CHECKING:
+    from sparsekv.cache.swap import SwappedRow
+    from sparsekv.engine.detokenizer import Detokenizer
+
+
+class Status(Enum):
+    """Where a sample is."""
+
+    PENDING = "waits for the first sample of its request to be prefilled"
+    WAITING = "has nothing in the cache"
+    RUNNING = "owns a row"
+    SWAPPED = "is in host memory"
+    FINISHED = "is finished"
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """What a sample held and read, in slots summed over layers and heads."""
+
+    reads: int = 0
+    held: int = 0
+    peak: int = 0
+
+    def copy(self) -> "Counters":
+        return Counters(reads=self.reads, held=self.held, peak=self.peak)
+
+
+@dataclass(eq=False, kw_only=True)
+class Sequence:
+    """One sample of a request."""
+
+    request: "Request"
+    index: int
+    tokens: list[int]
+    """Prompt and output, as far as the host knows them."""
+    status: Status
+    placed: int = 0
+    """Tokens in the cache, those of the step in flight included."""
+    sampled: int = 0
+    """Tokens sampled, those of the step in flight included."""
+    row: int | None = None
+    swapped: "SwappedRow | None" = None
+    """Its cache, while it is in host memory."""
+    detokenizer: "Detokenizer | None" = None
+    counters: Counters = field(default_factory=Counters)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    text: str | None = None
+    """The final text, where a stop string cut it."""
+    session: Session | None = None
+
+    @property
+    def priority(self) -> tuple[int, int]:
+        """Lower goes first."""
+        return self.request.arrival, self.index
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def total(self) -> int:
+        """Tokens of the sample, the one being sampled included."""
+        return len(self.request.prompt) + self.sampled
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to place before the next can be sampled."""
+        return self.total - self.placed
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it has sampled all it may."""
+        return self.sampled >= self.request.most_new
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the last token sampled is all that is left to place."""
+        return self.sampled > 0
+
+    def finish(self, reason: str, *, stop_reason: int | str | None = None) -> None:
+        self.finish_reason, self.stop_reason, self.status = reason, stop_reason, Status.FINISHED
+
+    def row_(self) -> int:
+        assert self.row is not None
+        return self.row
+
+
+@dataclass(eq=False, kw_only=True)
+class Request:
+    """A prompt and how to continue it."""
+
+    id: str
+    arrival: int
+    prompt: list[int]
+    """Token ids; those of a continued session first."""
+    params: SamplingParams
+    seed: int
+    most_new: int
+    """Tokens that each sample may have at most: max_tokens, or what the context leaves."""
+    text: str | None = None
+    keep: bool = False
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end a sample."""
+    heads: int = 1
+    """Layers times KV heads, to average over."""
+    sequences: list[Sequence] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.status is Status.FINISHED for sequence in self.sequences)
+
+    def output(self) -> RequestOutput:
+        """A snapshot of the samples."""
+        return RequestOutput(
+            request_id=self.id,
+            prompt=self.text,
+            prompt_token_ids=self.prompt,
+            outputs=[self._completion(sequence) for sequence in self.sequences],
+            finished=self.finished,
+        )
+
+    def _completion(self, sequence: Sequence) -> CompletionOutput:
+        counters, wanted = sequence.counters, self.params.logprobs is not None
+        return CompletionOutput(
+            index=sequence.index,
+            text=self._text(sequence),
+            token_ids=sequence.output,
+            cumulative_logprob=sequence.cumulative_logprob if wanted else None,
+            logprobs=list(sequence.logprobs) if wanted else None,
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+            kv=RequestKV(
+                tokens_seen=sequence.placed,
+                tokens_held=counters.held / self.heads,
+                kv_reads=counters.reads,
+                peak_tokens=counters.peak / self.heads,
+            ),
+            session=sequence.session,
+        )
+
+    def _text(self, sequence: Sequence) -> str:
+        """What can no longer be taken back: a running sample holds back what may be the start of a stop string."""
+        if sequence.text is not None:
+            return sequence.text
+        text = "" if sequence.detokenizer is None else sequence.detokenizer.text
+        longest = max(map(len, self.params.stops), default=1)
+        if sequence.status is Status.FINISHED or longest == 1:
+            return text
+        return text[: max(len(text) - longest + 1, 0)]
