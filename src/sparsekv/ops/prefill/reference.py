@@ -26,6 +26,9 @@ def prefill(
         tokens = slice(starts[b], starts[b + 1])
         if starts[b] == starts[b + 1]:
             continue
+        if row < 0:
+            out[tokens] = 0
+            continue
         position = torch.arange(seen[b], seen[b] + starts[b + 1] - starts[b], device=q.device)
         for h in range(heads):
             stored_k, stored_v = gather_slots(layer, row, h, lengths[b][h])
