@@ -90,8 +90,10 @@ def batch_of(rows: Tensor, counts: list[int]) -> Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearMarks:
-    """Marks that `place` computes itself: token t of head h is marked where weight[h] . hidden[t] + bias[h] + offset > 0,
-    in float32 whatever the inputs are. For decisions about the token itself (lag 0)."""
+    """Marks that `place` computes itself, for decisions of each token about itself (lag 0).
+
+    Token t of head h is marked where weight[h] . hidden[t] + bias[h] + offset > 0, in float32 whatever the inputs are.
+    """
 
     hidden: Tensor
     """[T, E]."""

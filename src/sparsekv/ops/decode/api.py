@@ -29,7 +29,8 @@ class Decoded:
     lse: Tensor | None = None
     """float32 (float64 for float64 queries) [B, H * G]: log-sum-exp of the scores, -inf where a head holds nothing."""
     weights: Tensor | None = None
-    """float32 (float64 for float64 queries) [B, H * G, N]: each slot's attention weight, 0 beyond a head's length."""
+    """float32 (float64 for float64 queries) [B, H * G, N]: each slot's attention weight, 0 beyond a head's length. From
+    the kernel exp(score - lse), with a relative error of float32's epsilon times |lse|."""
 
 
 def decode(
@@ -44,7 +45,7 @@ def decode(
     backend: str | None = None,
     config: DecodeConfig | None = None,
 ) -> Decoded:
-    """Attend from q [B, H * G, D] over the slots of rows int64 [B]. A head with nothing stored, and a row of -1, give 0.
+    """Attend from q [B, H * G, D] over the slots of rows int64 [B]; 0 where a head holds nothing or the row is -1.
 
     longest: N, how many slots of each head `weights` covers; those beyond are left out. None: the longest head
     (reference), or all that the page tables can hold, M * C, since the kernel never asks the device for lengths.

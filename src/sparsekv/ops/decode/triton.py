@@ -9,6 +9,9 @@ the head's ticket back to zero. A head with nothing stored is one unit, so that 
 Scores are in base 2: x = scale * log2(e) * q . k.
 """
 
+# triton.jit's types know no launch options.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,7 +24,7 @@ from sparsekv.ops.layout import LayerPages, interpreting
 
 UNIT = tl.constexpr(16)
 """Slots a unit of work."""
-LANES = tl.constexpr(1024)
+LANES = 1024
 """Heads whose lengths are read at once."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -35,9 +38,9 @@ class DecodeConfig:
     """Slots a tile, a power of two, at least 16."""
     warps: int = 4
     stages: int = 5
-    """Keys are found through page ids, so that two stages buffer one tile: 3 hold one tile in flight, 5 two, 7 three."""
+    """Keys are found through page ids, so that a tile in flight takes two stages: 3 hold one tile, 5 two, 7 three."""
     programs: int = 3
-    """Programs per multiprocessor: as many as its registers and shared memory hold at once."""
+    """Programs per multiprocessor, all there at once: they share its registers, and must share its shared memory."""
     least: int = 128
     """Slots a program takes at least: fewer pieces to merge where there is little to read."""
 
@@ -45,15 +48,16 @@ class DecodeConfig:
 CONFIGS = {
     128: DecodeConfig(block=128),
     256: DecodeConfig(block=64),
-    512: DecodeConfig(block=32),
-    1024: DecodeConfig(block=16),
+    512: DecodeConfig(block=32, programs=2),
+    1024: DecodeConfig(block=16, programs=2),
 }
 """By the bytes of one key, padded to a power of two: 16 KiB of keys a tile."""
 
 
 def config_of(dim: int, dtype: torch.dtype) -> DecodeConfig:
     """The tuned configuration for a head size and a storage type."""
-    return CONFIGS[min(max(triton.next_power_of_2(dim) * dtype.itemsize, 128), 1024)]
+    size = 1 << (dim * dtype.itemsize - 1).bit_length()
+    return CONFIGS[min(max(size, min(CONFIGS)), max(CONFIGS))]
 
 
 def obstacle(layer: LayerPages, q: Tensor) -> str | None:
@@ -98,7 +102,8 @@ def decode(
     step = max(1, min(32, 4096 // (merge_rows * shape["DP"])))
     _decode[(programs,)](
         q, layer.kv, pages, lengths, rows, out, lse, scratch, tickets, scale, heads, columns,
-        **shape, MP=merge_rows, STEP=step, LEAST=config.least, num_warps=config.warps, num_stages=config.stages,
+        **shape, MP=merge_rows, STEP=step, LANES=LANES, LEAST=config.least,
+        num_warps=config.warps, num_stages=config.stages, maxnreg=_registers(config),
     )  # fmt: skip
     if weights is not None and longest:
         grid = (heads, triton.cdiv(longest, config.block))
@@ -109,6 +114,11 @@ def decode(
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _registers(config: DecodeConfig) -> int:
+    """A thread's share of a multiprocessor's 64K registers, so that all programs are resident."""
+    return min(65536 // (config.programs * config.warps * 32) // 8 * 8, 255)
 
 
 def _dot_type(*kinds: torch.dtype) -> tl.dtype:
@@ -219,7 +229,8 @@ def _finish(out, lse, head, acc, total, top, G: tl.constexpr, GP: tl.constexpr, 
 def _decode(
     q, kv, pages, lengths, rows, out, lse, scratch, tickets, scale, heads, columns,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr,
-    DOT: tl.constexpr, BLOCK: tl.constexpr, MP: tl.constexpr, STEP: tl.constexpr, LEAST: tl.constexpr,
+    DOT: tl.constexpr, BLOCK: tl.constexpr, MP: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
+    LEAST: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     lane = tl.arange(0, LANES)

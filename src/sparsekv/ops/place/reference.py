@@ -9,19 +9,25 @@ from sparsekv.ops.layout import Batch, LayerPages, PoolExhausted
 def align_marks(layer: LayerPages, batch: Batch, decisions: Tensor, lag: int) -> Tensor:
     """Move decisions [T, H] to the tokens they decide: within the call by shifting, before it by setting ring marks.
 
-    The last `lag` tokens of each sequence stay undecided (unmarked) until the next call.
+    The last `lag` tokens of each sequence stay undecided (unmarked) until the next call. Never waits for the device.
     """
-    index = torch.arange(decisions.shape[0], device=decisions.device)
-    sequence = torch.repeat_interleave(batch.counts.long(), output_size=decisions.shape[0])
-    offset = index - batch.starts[sequence]
+    total, heads = decisions.shape
+    if total == 0:
+        return decisions
+    index = torch.arange(total, device=decisions.device)
+    sequence = torch.repeat_interleave(batch.counts.long(), output_size=total)
     decided = index + lag < batch.starts[sequence + 1]
-    aligned = decisions[(index + lag).clamp(max=len(index) - 1)] & decided[:, None]
+    aligned = decisions[(index + lag).clamp(max=total - 1)] & decided[:, None]
 
-    row = batch.rows[sequence]
-    earlier = layer.seen[row] + offset - lag
-    pending = (offset < lag) & (earlier >= 0)
-    row, entry, decision = row[pending], earlier[pending].long() % layer.window, decisions[pending]
-    layer.ring[row, :, entry] = layer.ring[row, :, entry] & ~1 | decision.int()
+    rows, head = batch.rows[:, None], torch.arange(heads, device=decisions.device)
+    for offset in range(lag):
+        earlier = layer.seen[batch.rows] + offset - lag
+        pending = (batch.counts > offset) & (earlier >= 0) & (batch.rows >= 0)
+        entry = (earlier % layer.window).long()[:, None]
+        old = layer.ring[rows, head, entry]
+        new = old & ~1 | decisions[(batch.starts[:-1] + offset).clamp(max=total - 1)].int()
+        # Added, not set: padded rows (-1) name the last row too, and must leave it as it is.
+        layer.ring.index_put_((rows, head, entry), torch.where(pending[:, None], new - old, 0), accumulate=True)
     return aligned
 
 
