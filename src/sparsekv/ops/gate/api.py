@@ -5,6 +5,7 @@ in different documents (arXiv 2506.05345, equation 2). Minus infinity for a mark
 """
 
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from sparsekv.ops.gate import flex, reference
 from sparsekv.ops.layout import check_backend
@@ -27,8 +28,11 @@ def gate(
     equal where two tokens may see each other (padding is a document of its own). Returns [B, H * G, S, D].
 
     Backends: "reference" (SDPA with a float mask) and "flex" (compiled FlexAttention, CUDA only: on the CPU it gives no
-    gradient to log_keep); None picks flex on CUDA. Raises ValueError for flex on the CPU or an unknown backend.
+    gradient to log_keep); None picks flex on CUDA, and SDPA's own causal kernel where there is neither a gate nor a
+    document to keep apart. Raises ValueError for flex on the CPU or an unknown backend.
     """
+    if backend is None and log_keep is None and documents is None:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     chosen = check_backend(backend or ("flex" if q.is_cuda else "reference"), q.device, BACKENDS)
     if chosen == "flex":
         if not q.is_cuda:

@@ -1,0 +1,45 @@
+"""`sparsekv calibrate`: measure which offset gives which ratio on a text, and keep the table in the adapter."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+TARGETS = "1.1,1.25,1.5,2,2.5,3,4,5,6,7,8"
+
+
+def command(
+    model: Annotated[str, Argument(help="smollm2-135m, a folder, or a hub id.")],
+    adapter: Annotated[str, Option(help="The adapter's folder; its table is replaced.")],
+    text: Annotated[str, Option(help="encyclopedia, a text file, or a folder of .txt files.")] = "encyclopedia",
+    targets: Annotated[str, Option(help="Compression ratios, with commas between.")] = TARGETS,
+    rows: Annotated[int, Option(help="Stretches of text.")] = 4,
+    length: Annotated[int, Option(help="Tokens of each; the ratios hold at this length.")] = 2048,
+    as_json: Annotated[bool, Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Measure an adapter's table of ratios on the held-out part of a text, through the real cache."""
+    from sparsekv.retrofit.calibrate import recalibrate
+    from sparsekv.retrofit.config import CalibrationConfig
+
+    try:
+        ratios = [float(part) for part in targets.split(",")]
+    except ValueError:
+        raise ValueError(f"--targets is {targets!r}; write ratios with commas between, such as 2,4,8") from None
+    settings = CalibrationConfig(targets=ratios, rows=rows, length=length)
+    from sparsekv.cli.models import open_model
+
+    loaded, tokenizer = open_model(model)
+    table = recalibrate(
+        loaded,
+        tokenizer,
+        adapter=adapter,
+        text=text,
+        settings=settings,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    if as_json:
+        typer.echo(json.dumps({"adapter": adapter, "text": text, "offsets": [asdict(dial) for dial in table]}))
+    else:
+        typer.echo(f"{len(table)} rows written to {adapter}")

@@ -1,0 +1,114 @@
+"""Documents as tokens that remember where sentences begin: rows of text, and the hay for needles.
+
+A row never leaves its document, so nothing needs to be kept apart inside it.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sparsekv.modeling.texts import fetch_text, split
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=\S)(?=\n)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A stretch of one document."""
+
+    ids: np.ndarray
+    """int32 [length]."""
+    cuts: np.ndarray
+    """int64, ascending: positions 0 .. length - 1 at which a sentence begins."""
+
+
+class Corpus:
+    """Documents of plain text, tokenised once.
+
+    Raises ValueError for an empty corpus, and in `window` and `rows` where no document is long enough.
+    """
+
+    def __init__(self, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.documents = [_tokenise(text, tokenizer) for text in documents if text.strip()]
+        if not self.documents:
+            raise ValueError("the text is empty; name a file with plain text in it")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents together."""
+        return sum(len(document.ids) for document in self.documents)
+
+    def window(self, rng: np.random.Generator, length: int) -> Window:
+        """A random stretch of exactly `length` tokens; every stretch of the corpus is equally likely."""
+        starts = np.array([max(len(document.ids) - length + 1, 0) for document in self.documents])
+        if not starts.any():
+            raise self._too_short(length)
+        at = int(rng.integers(starts.sum()))
+        document = int(np.searchsorted(starts.cumsum(), at, side="right"))
+        first = at - int(starts[:document].sum())
+        whole = self.documents[document]
+        low, high = np.searchsorted(whole.cuts, (first, first + length))
+        return Window(ids=whole.ids[first : first + length], cuts=whole.cuts[low:high] - first)
+
+    def rows(self, count: int, length: int) -> Tensor:
+        """int64 [at most count, length]: stretches that do not overlap, spread over the documents in turn."""
+        pieces = [document.ids[: len(document.ids) // length * length] for document in self.documents]
+        split_pieces = [piece.reshape(-1, length) for piece in pieces if len(piece)]
+        if not split_pieces:
+            raise self._too_short(length)
+        deepest = max(len(piece) for piece in split_pieces)
+        turns = [piece[i] for i in range(deepest) for piece in split_pieces if i < len(piece)]
+        return torch.from_numpy(np.stack(turns[:count]).astype(np.int64))
+
+    def _too_short(self, length: int) -> ValueError:
+        longest = max(len(document.ids) for document in self.documents)
+        return ValueError(f"rows of {length} tokens are asked for and the longest document has {longest}; ask for less")
+
+
+def load_documents(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(training, held out) documents of texts by name: "encyclopedia", a text file, or a folder of *.txt files.
+
+    The last tenth of each text is held out: whole documents, or the end of the only one. Raises ValueError for a text
+    that cannot be read.
+    """
+    training: list[str] = []
+    held_out: list[str] = []
+    for name in names:
+        documents = _documents(name)
+        if len(documents) == 1:
+            cut = documents[0].rfind("\n", 0, int(0.9 * len(documents[0]))) + 1
+            parts = [documents[0][:cut]], [documents[0][cut:]]
+        else:
+            parts = split(documents)
+        training += parts[0]
+        held_out += parts[1]
+    return training, held_out
+
+
+def _documents(name: str) -> list[str]:
+    path = Path(name)
+    if not path.exists():
+        if "/" in name or "." in name:
+            raise ValueError(f"there is no text {name}: give 'encyclopedia', a text file, or a folder of .txt files")
+        return fetch_text(name)
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"the folder {name} holds no .txt file")
+    try:
+        return [file.read_text(encoding="utf-8") for file in files]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {name} as UTF-8 text: {error}") from None
+
+
+def _tokenise(text: str, tokenizer: PreTrainedTokenizerBase) -> Window:
+    pieces = [piece for piece in _SENTENCE_END.split(text) if piece]
+    ids = tokenizer(pieces, add_special_tokens=False)["input_ids"]
+    lengths = np.array([len(piece) for piece in ids])
+    starts = np.concatenate([[0], lengths.cumsum()[:-1]])
+    return Window(ids=np.concatenate([np.asarray(piece, dtype=np.int32) for piece in ids]), cuts=starts[lengths > 0])

@@ -1,0 +1,207 @@
+"""calibrate: which offset on the logits gives which compression ratio, as it is measured on text.
+
+z is recorded over N rows of T tokens. At offset o a key is marked iff z + o > 0, and gone at the end iff it is marked
+and older than the window, so of the N * layers * heads * T keys
+
+    held(o) = protected by the window + |{z <= -o among the rest}|,    ratio(o) = all keys / held(o),
+
+and the offset for a ratio is minus an order statistic of z. Deeper layers' z move a little when earlier ones forget:
+each offset is run, z recorded anew under it, and the offset mended until the measured ratio is within tolerance.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsekv import dms
+from sparsekv.evals.corpus import Corpus, load_documents
+from sparsekv.evals.forward import read
+from sparsekv.modeling import modes
+from sparsekv.modeling.adapter import read_adapter, save_adapter
+from sparsekv.modeling.attach import attach, attachment_of
+from sparsekv.modeling.states import SplitModel
+from sparsekv.policies.dms import DMSPolicy
+from sparsekv.retrofit.config import CalibrationConfig
+
+TOLERANCE = 0.01
+"""Relative, on the ratio."""
+ROUNDS = 3
+"""Attempts to reach it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dial:
+    """A row of the table."""
+
+    offset: float
+    ratio: float
+    """Measured: tokens seen / tokens held, the window counted."""
+
+
+def calibrate(
+    model: PreTrainedModel,
+    rows: Tensor,
+    *,
+    targets: Sequence[float],
+    batch: int = 8,
+    through: str = "cache",
+    on_dial: Callable[[Dial], None] = lambda dial: None,
+) -> list[Dial]:
+    """The offset table of a model attached with DMS: one row for each target that the heads reach, ascending.
+
+    rows: int64 [N, T], text; T decides what the ratios mean, since the window counts. through: "cache" measures what
+    the cache's allocator holds, "mask" what the marks say (the same, faster on a GPU). The policy's own offset is put
+    back. Raises ValueError for a model without DMS or heads that cannot reach even the lowest target.
+    """
+    policy = attachment_of(model).policy
+    if not isinstance(policy, DMSPolicy):
+        raise ValueError(f"policy {policy.name!r} has no offset to calibrate; attach with DMS")
+    rows = rows.to(next(model.parameters()).device)
+    with modes.dense(model):
+        split = SplitModel(model)
+    previous, policy.offset = policy.offset, 0.0
+    try:
+        _, z = _measure(split, policy, rows, batch, through)
+        table: list[Dial] = []
+        for target in sorted(targets):
+            dial, z = _dial(split, policy, rows, target, z=z, batch=batch, through=through)
+            if dial is not None and (not table or dial.offset > table[-1].offset and dial.ratio > table[-1].ratio):
+                table.append(dial)
+                on_dial(dial)
+    finally:
+        policy.offset = previous
+    if not table:
+        raise ValueError(f"no ratio from {min(targets):g} on can be reached at {rows.shape[1]} tokens; use longer rows")
+    return table
+
+
+def recalibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    adapter: str,
+    text: str,
+    settings: CalibrationConfig,
+    say: Callable[[str], None],
+) -> list[Dial]:
+    """Attach an adapter, measure its table on the held-out part of a text, and write it to the adapter's folder.
+
+    Raises ValueError for an adapter that is not a local folder, or does not fit the model.
+    """
+    if not Path(adapter).is_dir():
+        raise ValueError(f"there is no adapter folder {adapter}; the table is written into it, so it must be local")
+    attach(model, adapter=adapter)
+    held_out = Corpus(load_documents([text])[1], tokenizer)
+    return fill_table(model, held_out, adapter=adapter, text=text, settings=settings, batch=1, say=say)
+
+
+def fill_table(
+    model: PreTrainedModel,
+    held_out: Corpus,
+    *,
+    adapter: str,
+    text: str,
+    settings: CalibrationConfig,
+    batch: int,
+    say: Callable[[str], None],
+) -> list[Dial]:
+    """Measure the table of the attached heads and write it, and how it was measured, beside them.
+
+    On the CPU through the real cache, on a GPU by the marks.
+    """
+    through = "mask" if next(model.parameters()).is_cuda else "cache"
+    rows = held_out.rows(settings.rows, settings.length)
+    table = calibrate(
+        model,
+        rows,
+        targets=settings.targets,
+        batch=batch,
+        through=through,
+        on_dial=lambda dial: say(f"  offset {dial.offset:+.3f}  ratio {dial.ratio:.3f}"),
+    )
+    measured = {"text": text, "rows": len(rows), "length": settings.length, "through": through}
+    config = read_adapter(adapter)[0]
+    offsets = [(dial.offset, dial.ratio) for dial in table]
+    save_adapter(model, adapter, replace(config, offsets=offsets, calibration=measured))
+    return table
+
+
+def _dial(
+    split: SplitModel,
+    policy: DMSPolicy,
+    rows: Tensor,
+    target: float,
+    *,
+    z: Tensor,
+    batch: int,
+    through: str,
+) -> tuple[Dial | None, Tensor]:
+    """The best of a few attempts at one target, and the logits recorded last."""
+    best: Dial | None = None
+    for _ in range(ROUNDS):
+        offset = offset_for(z, target, window=policy.window(0))
+        if offset is None:
+            return best, z
+        policy.offset = offset
+        ratio, z = _measure(split, policy, rows, batch, through)
+        if best is None or abs(ratio - target) < abs(best.ratio - target):
+            best = Dial(offset=offset, ratio=ratio)
+        if abs(ratio / target - 1) < TOLERANCE:
+            break
+    return best, z
+
+
+def offset_for(z: Tensor, target: float, *, window: int) -> float | None:
+    """The offset at which logits z, float32 [..., T] without an offset, hold 1 / target of their keys; None where even
+    the window holds more."""
+    length = z.shape[-1]
+    eligible = z[..., : max(length - window, 0)].flatten()
+    kept = round(z.numel() / target) - (z.numel() - eligible.numel())
+    if not 0 <= kept < eligible.numel():
+        return None
+    ordered = eligible.sort().values
+    low = ordered[kept - 1] if kept else ordered[0] - 1
+    return -float((low + ordered[kept]) / 2)
+
+
+def ratio_at(z: Tensor, offset: float, *, window: int) -> float:
+    """tokens seen / tokens held for logits z, float32 [..., T], under an offset."""
+    gone = dms.marks(z + offset)[..., : max(z.shape[-1] - window, 0)].sum()
+    return z.numel() / (z.numel() - int(gone))
+
+
+def _measure(split: SplitModel, policy: DMSPolicy, rows: Tensor, batch: int, through: str) -> tuple[float, Tensor]:
+    """(measured ratio, z without the offset, aligned: float32 [layers, heads, N, T]) at the policy's offset."""
+    seen, held = 0, 0.0
+    parts = []
+    for ids in rows.split(batch):
+        with recorded_logits(policy) as recorded:
+            reading = read(split, ids, through=through)
+        seen, held = seen + reading.seen, held + reading.held
+        z = torch.stack([recorded[layer].view(*ids.shape, -1).permute(2, 0, 1) for layer in sorted(recorded)])
+        parts.append(dms.align(z, policy.lag, fill=-torch.inf))
+    return seen / held, torch.cat(parts, dim=2)
+
+
+@contextmanager
+def recorded_logits(policy: DMSPolicy) -> Iterator[dict[int, Tensor]]:
+    """Within, each forward leaves its logits without the offset behind: by layer, float32 [B * S, kv_heads]."""
+    recorded: dict[int, Tensor] = {}
+    logits = policy.logits
+
+    def record(layer: int, hidden: Any, **kwargs: Any) -> Tensor:
+        result = logits(layer, hidden, **kwargs)
+        recorded[layer] = result - policy.offset
+        return result
+
+    policy.logits = record
+    try:
+        yield recorded
+    finally:
+        del policy.logits

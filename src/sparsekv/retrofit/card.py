@@ -1,0 +1,67 @@
+"""The model card of an adapter, written from what was recorded and measured: nothing in it is typed by hand."""
+
+from typing import Any
+
+from sparsekv.modeling.adapter import AdapterConfig
+from sparsekv.retrofit.config import RetrofitConfig
+
+
+def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str, Any] | None) -> str:
+    """Markdown. results: what eval.json holds, None where nothing was evaluated."""
+    made = adapter.training
+    parts = [
+        "---\nlibrary_name: sparsekv\n"
+        f"base_model: {adapter.base_model_name_or_path}\ntags: [dms, kv-cache]\n---\n\n"
+        f"# Eviction heads for {adapter.base_model_name_or_path}\n\n"
+        "One set of heads that says which tokens each KV head can forget (Dynamic Memory Sparsification, arXiv "
+        f"2506.05345), trained to ratio {made['final_cr']:g}, with an offset on their logits for every ratio from 1 to "
+        f"{adapter.max_cr:.3g}. The base model is unchanged.\n",
+        "## Training\n\n"
+        f"{made['steps']} steps of {config.batch} x {config.length} tokens in {made['minutes']:g} minutes on "
+        f"{made['hardware']} (torch {made['torch']}); {made['text_tokens']:,} tokens of text "
+        f"({', '.join(config.texts)}, a tenth held out), "
+        f"{config.retrieval_share:.0%} of each batch long-range retrieval. Window {config.window}, "
+        f"lag {config.lag}, learning rate {config.lr:g}, seed {config.seed}, commit {made['commit']}. Everything is in "
+        "`config.yaml`, every step in `metrics.jsonl`.\n",
+        "## Offsets\n\n"
+        f"Measured on {adapter.calibration['rows']} held-out texts of {adapter.calibration['length']} tokens, the "
+        "window counted. Shorter texts hold a larger share, longer ones a smaller.\n\n"
+        + _table(["offset", "ratio"], [[f"{o:+.3f}", f"{r:.3f}"] for o, r in adapter.offsets]),
+    ]
+    if results is not None:
+        parts.append(_evaluation(results))
+    return "\n".join(parts)
+
+
+def _evaluation(results: dict[str, Any]) -> str:
+    scores = results["scores"]
+    kinds = list(scores[0]["retrieval"])
+    header = ["measured ratio", "perplexity", "over dense", "divergence (nats)", "same token"]
+    header += [f"{kind} ({'/'.join(scores[0]['retrieval'][kind]['accuracy'])})" for kind in kinds]
+    header += [f"{kind}, share of dense" for kind in kinds]
+    rows = []
+    for score in scores:
+        row = [
+            f"{score['ratio']:.2f}",
+            f"{score['perplexity']:.3f}",
+            f"{score['perplexity'] / score['perplexity_dense'] - 1:+.2%}",
+            f"{score['divergence']:.4f}",
+            f"{score['agreement']:.1%}",
+        ]
+        cells = [score["retrieval"][kind] for kind in kinds]
+        row += ["/".join(f"{value:.2f}" for value in cell["accuracy"].values()) for cell in cells]
+        row += ["" if cell["share_of_dense"] is None else f"{cell['share_of_dense']:.0%}" for cell in cells]
+        rows.append(row)
+    used = results["settings"]
+    return (
+        "## What it costs\n\n"
+        f"Teacher-forced on held-out text ({used['rows']} texts of {used['length']} tokens, {used['items']} retrieval "
+        f"items a cell; {results['hardware']}, through the {results['through']}, seed {results['seed']}, "
+        f"{results['date']}). Pass-keys are in a template that training uses, unseen facts in templates and words that "
+        "it does not.\n\n" + _table(header, rows)
+    )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -1,0 +1,209 @@
+"""A retrofit in one YAML file: frozen dataclasses, unknown keys refused, every value checked before a step is made.
+
+steps_per_cr and max_cr give the schedule of arXiv 2506.05345: the target ratio rises by one every `steps_per_cr` steps
+up to `max_cr`, so a run has (max_cr - 1) * steps_per_cr steps unless max_steps stops it earlier.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from sparsekv.evals.settings import EvaluationConfig
+
+DIVERGENCES = ("kl_teacher_student", "kl_student_teacher")
+FRACTIONS = ("soft", "hard")
+TRAINABLE = ("heads",)
+DEVICES = ("auto", "cpu", "cuda")
+TARGETS = (1.1, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+
+
+def _need(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ValueError(sentence)
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    _need(value in known, f"{name} is {value!r}; use one of {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """Which ratios the offset table gets, measured on how much held-out text."""
+
+    targets: list[float] = field(default_factory=lambda: list(TARGETS))
+    """Compression ratios, window counted, at `length` tokens; those that the heads cannot reach are left out."""
+    rows: int = 16
+    length: int = 2048
+    """Tokens per row."""
+
+    def __post_init__(self) -> None:
+        _need(bool(self.targets), "calibration.targets is empty; name ratios such as 2, 4, 8")
+        low = min(self.targets)
+        _need(low > 1, f"calibration.targets has {low:g}; a ratio is tokens seen over tokens held, so use more than 1")
+        _need(self.rows >= 1, f"calibration.rows is {self.rows}; use at least 1")
+        _need(self.length >= 2, f"calibration.length is {self.length}; use at least 2 tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrofitConfig:
+    """Everything that decides a run."""
+
+    model: str
+    """An embedded model's name, a folder, or a hub id."""
+    output: str
+    """The adapter's folder; the resolved config, metrics and checkpoints go there too."""
+    texts: list[str]
+    """"encyclopedia", a text file, or a folder of text files."""
+    trainable: str = "heads"
+    window: int = 64
+    lag: int = 0
+    tau: float = 0.1
+    steps_per_cr: int = 100
+    max_cr: float = 8.0
+    max_steps: int | None = None
+    batch: int = 16
+    length: int = 2048
+    """Tokens per row of a batch."""
+    retrieval_share: float = 0.5
+    """The part of each batch that is long-range retrieval."""
+    lr: float = 3e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    """Largest gradient norm."""
+    divergence: str = "kl_teacher_student"
+    fraction: str = "soft"
+    """What the hinge pulls: the mean of soft alpha, or of hard marks with alpha's gradient (straight-through)."""
+    seed: int = 0
+    save_every: int = 100
+    """Steps between checkpoints."""
+    device: str = "auto"
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    evaluation: EvaluationConfig | None = field(default_factory=EvaluationConfig)
+    """null: nothing is measured after calibration."""
+
+    def __post_init__(self) -> None:
+        _one_of("trainable", self.trainable, TRAINABLE)
+        _one_of("divergence", self.divergence, DIVERGENCES)
+        _one_of("fraction", self.fraction, FRACTIONS)
+        _one_of("device", self.device, DEVICES)
+        _need(bool(self.texts), "texts is empty; name a text to train on, such as encyclopedia or a file")
+        _need(self.window >= 1, f"window is {self.window}; it counts the current token, so use at least 1")
+        _need(self.lag in (0, 1), f"lag is {self.lag}; it is 0 or 1")
+        _need(
+            self.max_cr > 1, f"max_cr is {self.max_cr:g}; a ratio is tokens seen over tokens held, so use more than 1"
+        )
+        _need(
+            self.length > 2 * self.window,
+            f"length is {self.length} and window {self.window}: rows must be more than twice the window to learn from",
+        )
+        _need(0 <= self.retrieval_share <= 1, f"retrieval_share is {self.retrieval_share:g}; it lies between 0 and 1")
+        _need(
+            self.length >= 256 or self.retrieval_share == 0,
+            f"length is {self.length}; retrieval needs rows of 256 tokens or more, or retrieval_share: 0",
+        )
+        _need(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "beta1 and beta2 lie between 0 and 1")
+        for name in ("tau", "lr", "clip"):
+            _need(getattr(self, name) > 0, f"{name} is {getattr(self, name):g}; use more than 0")
+        for name in ("steps_per_cr", "batch", "save_every", "max_steps"):
+            value = getattr(self, name)
+            _need(value is None or value >= 1, f"{name} is {value}; use at least 1")
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        steps = math.ceil((self.max_cr - 1) * self.steps_per_cr)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    @property
+    def final_cr(self) -> float:
+        """The last step's target ratio."""
+        return min(1 + self.steps / self.steps_per_cr, self.max_cr)
+
+    def training_keys(self) -> dict[str, Any]:
+        """What must agree between a checkpoint and the run that resumes it."""
+        free = {"output", "save_every", "device", "calibration", "evaluation"}
+        return {key: value for key, value in asdict(self).items() if key not in free}
+
+
+def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RetrofitConfig:
+    """Read a YAML file and apply `key=value` overrides (dotted keys reach inside: `evaluation.items=8`).
+
+    Raises ValueError, naming the key, for a missing file, unknown or missing keys, or a value that does not fit.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    _need(isinstance(raw, dict), f"{path} holds no keys; see configs/smollm2-135m.yaml for an example")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        _need(bool(separator), f"--set {override} has no '='; write --set key=value")
+        _assign(raw, key.strip(), yaml.safe_load(text))
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> RetrofitConfig:
+    """The configuration in a plain dictionary. Raises ValueError as load_config does."""
+    return _parse(RetrofitConfig, raw, prefix="")
+
+
+def save_config(config: RetrofitConfig, path: Path) -> None:
+    """Write the resolved configuration as YAML that load_config reads back."""
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def _assign(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        if raw.get(parent) is None:
+            raw[parent] = {}
+        raw = raw[parent]
+        _need(isinstance(raw, dict), f"--set {dotted}: {parent} holds a value, not keys")
+    raw[last] = value
+
+
+def _parse(cls: Any, raw: Any, *, prefix: str) -> Any:
+    _need(isinstance(raw, dict), f"{prefix.rstrip('.')} is {raw!r}; it holds keys")
+    known = {f.name: f.type for f in fields(cls)}
+    unknown = sorted(str(key) for key in set(raw) - set(known))
+    if unknown:
+        names, all_names = (", ".join(prefix + key for key in keys) for keys in (unknown, known))
+        raise ValueError(f"unknown key {names}; the keys are {all_names}")
+    values = {key: _convert(prefix + key, known[key], value) for key, value in raw.items()}
+    try:
+        return cls(**values)
+    except TypeError as error:  # "missing 1 required keyword-only argument: 'model'"
+        missing = ", ".join(prefix + part for part in str(error).split("'")[1::2])
+        raise ValueError(f"the configuration lacks {missing}; add it to the file or pass --set") from None
+
+
+def _convert(name: str, kind: Any, value: Any) -> Any:
+    if get_origin(kind) is UnionType:
+        if value is None:
+            return None
+        kind = next(arm for arm in get_args(kind) if arm is not type(None))
+    if is_dataclass(kind):
+        return _parse(kind, value, prefix=name + ".")
+    if get_origin(kind) is list:
+        items = value if isinstance(value, list) else [value]
+        return [_convert(name, get_args(kind)[0], item) for item in items]
+    whole = isinstance(value, float) and value.is_integer()
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it is {_KINDS[kind]}")
+    if kind is int and not (isinstance(value, int) or whole):
+        raise ValueError(f"{name} is {value!r}; it is {_KINDS[kind]}")
+    try:
+        return kind(value)  # YAML reads 3e-3 as a string: float() mends it
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}; it is {_KINDS[kind]}") from None
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text"}

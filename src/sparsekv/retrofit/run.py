@@ -1,0 +1,189 @@
+"""A whole retrofit: train, calibrate, evaluate, write the adapter's folder. Each stage is kept, so that a run that was
+stopped goes on where it was.
+
+    output/ adapter_config.json, adapter_model.safetensors   the product
+            config.yaml, metrics.jsonl, eval.json, README.md  how it was made, and what it costs
+            checkpoints/                                      until the run is complete
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsekv.evals.corpus import Corpus, load_documents
+from sparsekv.evals.evaluate import Point, Score, describe, evaluate
+from sparsekv.modeling.adapter import CONFIG_FILE, read_adapter, save_adapter
+from sparsekv.modeling.attach import attach
+from sparsekv.modeling.embedded import resolve_model
+from sparsekv.retrofit.calibrate import fill_table
+from sparsekv.retrofit.card import model_card
+from sparsekv.retrofit.config import RetrofitConfig, load_config, save_config
+from sparsekv.retrofit.data import Blend
+from sparsekv.retrofit.metrics import METRICS_FILE
+from sparsekv.retrofit.trainer import CHECKPOINTS, adapter_config, load_heads, train
+
+CONFIG_COPY, EVAL_FILE, CARD_FILE = "config.yaml", "eval.json", "README.md"
+
+Say = Callable[[str], None]
+
+
+def run(config: RetrofitConfig, *, say: Say = lambda text: print(text, file=sys.stderr, flush=True)) -> Path:
+    """Make or finish the adapter that `config` describes; returns its folder.
+
+    Raises ValueError, before anything is trained, for an output folder that holds a finished adapter or another run, a
+    model or text that cannot be had, and settings that do not fit them.
+    """
+    output = prepare_output(config)
+    model, tokenizer = load_model(config.model, device=config.device)
+    training, held_out = load_documents(config.texts)
+    attach(model, policy="dms", window=config.window, lag=config.lag)
+    save_config(config, output / CONFIG_COPY)
+    if not (output / CONFIG_FILE).exists():
+        say(f"Training {config.steps} steps to ratio {config.final_cr:g} on {device_name(model)}")
+        _train(model, tokenizer, training, config)
+    adapter = load_heads(output, model)
+    through = "mask" if next(model.parameters()).is_cuda else "cache"
+    if not adapter.offsets:
+        say(f"Calibrating at {config.calibration.length} tokens")
+        fill_table(
+            model,
+            Corpus(held_out, tokenizer),
+            adapter=config.output,
+            text=", ".join(config.texts),
+            settings=config.calibration,
+            batch=config.batch,
+            say=say,
+        )
+    if config.evaluation is not None:
+        say("Evaluating on held-out text")
+        _evaluate(model, tokenizer, held_out, config, through=through, say=say)
+    adapter = read_adapter(output)[0]
+    results = json.loads((output / EVAL_FILE).read_text()) if (output / EVAL_FILE).exists() else None
+    (output / CARD_FILE).write_text(model_card(adapter, config, results), encoding="utf-8")
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    say(f"Done: {output}")
+    return output
+
+
+def prepare_output(config: RetrofitConfig) -> Path:
+    """The output folder, made and found fit to start or resume in. Raises ValueError where it is not."""
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file; name a folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the output folder {output}: {error.strerror}; name another") from None
+    if not os.access(output, os.W_OK):
+        raise ValueError(f"the output folder {output} is not writable; name another")
+    if (output / CARD_FILE).exists() and (output / CONFIG_FILE).exists():
+        raise ValueError(f"{output} holds a finished adapter; name another output folder or remove it first")
+    if (output / CONFIG_COPY).exists():
+        ours, theirs = config.training_keys(), load_config(output / CONFIG_COPY).training_keys()
+        changed = [f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key]]
+        if changed:
+            raise ValueError(f"{output} holds another run ({'; '.join(changed)}); name another output folder")
+    elif (output / CONFIG_FILE).exists():
+        raise ValueError(f"{output} holds an adapter that this run did not make; name another output folder")
+    return output
+
+
+def load_model(name: str, *, device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer: bfloat16 on CUDA, float32 on the CPU, in evaluation mode.
+
+    Raises ValueError where there is no such model, or no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda and this machine shows none; use device=cpu or auto")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    folder = resolve_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16 if on_gpu else torch.float32
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot load the model {name}: {reason}") from None
+    torch.nn.Module.to(model, "cuda" if on_gpu else "cpu")
+    return model.eval(), tokenizer
+
+
+def device_name(model: PreTrainedModel) -> str:
+    """Of the device that holds the model, for logs and cards."""
+    device = next(model.parameters()).device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _train(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str], config: RetrofitConfig
+) -> None:
+    rows = Blend(
+        Corpus(documents, tokenizer),
+        tokenizer,
+        count=config.steps * config.batch,
+        batch=config.batch,
+        length=config.length,
+        retrieval_share=config.retrieval_share,
+        seed=config.seed,
+    )
+    train(model, rows, config)
+    seconds = [json.loads(line)["seconds"] for line in (Path(config.output) / METRICS_FILE).read_text().splitlines()]
+    made = adapter_config(
+        model,
+        config,
+        steps=config.steps,
+        final_cr=config.final_cr,
+        text_tokens=rows.corpus.tokens,
+        minutes=round(sum(seconds) / 60, 2),
+        **provenance(model),
+    )
+    save_adapter(model, config.output, made)
+
+
+def _evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: list[str],
+    config: RetrofitConfig,
+    *,
+    through: str,
+    say: Say,
+) -> None:
+    settings = config.evaluation
+    assert settings is not None
+    adapter = read_adapter(config.output)[0]
+    reached = [ratio for ratio in settings.ratios if ratio == 1 or ratio <= adapter.max_cr + 0.05]
+    points = [Point(asked=ratio, offset=adapter.offset_for(ratio)) for ratio in reached]
+    scores: list[dict[str, Any]] = []
+    started = time.strftime("%Y-%m-%d")
+
+    def keep(score: Score) -> None:
+        scores.append(score.to_dict())
+        about = {"model": config.model, "texts": config.texts, "through": through, "date": started}
+        settings_used = {"rows": settings.rows, "length": settings.length, "items": settings.items}
+        results = about | provenance(model) | {"seed": settings.seed, "settings": settings_used, "scores": scores}
+        (Path(config.output) / EVAL_FILE).write_text(json.dumps(results, indent=1) + "\n")
+        say("  " + describe(score))
+
+    evaluate(model, tokenizer, documents=held_out, points=points, settings=settings, through=through, on_score=keep)
+
+
+def provenance(model: PreTrainedModel) -> dict[str, Any]:
+    """Where numbers come from: hardware, torch, and this repository's commit where it is one."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, check=False)
+        commit = found.stdout.strip() if found.returncode == 0 else None
+    except OSError:
+        commit = None
+    return {"hardware": device_name(model), "torch": torch.__version__, "commit": commit}

@@ -1,0 +1,108 @@
+"""Evaluation: dense costs nothing, cache and mask agree, the ratio is the allocator's, more forgetting costs more."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import sparsekv
+import tiny
+from helpers import tiny_model, tokens
+from sparsekv.evals.evaluate import Point, describe, evaluate
+from sparsekv.evals.forward import read
+from sparsekv.evals.settings import EvaluationConfig
+from sparsekv.modeling.attach import attachment_of
+from sparsekv.modeling.states import SplitModel
+
+SETTINGS = EvaluationConfig(rows=3, length=64, items=2, contexts=[256], batch=2)
+
+
+@pytest.fixture
+def model():
+    built = tiny_model(vocab_size=512, max_position_embeddings=2048)
+    sparsekv.attach(built, policy="dms", window=5)
+    tiny.random_heads(sparsekv.heads(built))
+    return built
+
+
+def scores(model, points, *, through="mask", settings=SETTINGS):
+    documents = [tiny.text(900, seed=3)]
+    return evaluate(model, tiny.tokenizer(), documents=documents, points=points, settings=settings, through=through)
+
+
+@pytest.mark.parametrize("through", ["mask", "cache"])
+def test_offset_minus_infinity_is_dense(model, through: str) -> None:
+    (score,) = scores(model, [Point(asked=1, offset=-math.inf)], through=through)
+    assert score.ratio == 1
+    assert abs(score.divergence) < 1e-6
+    assert score.agreement == 1
+    assert score.perplexity == pytest.approx(score.perplexity_dense, rel=1e-5)
+    assert json.loads(json.dumps(score.to_dict()))["offset"] is None
+
+
+def test_forgetting_costs_and_both_ways_agree(model) -> None:
+    points = [Point(offset=o) for o in (-4.0, 0.0, 1e9)]
+    masked, cached = scores(model, points), scores(model, points, through="cache")
+    for a, b in zip(masked, cached, strict=True):
+        assert a.ratio == pytest.approx(b.ratio, rel=1e-9)
+        assert a.divergence == pytest.approx(b.divergence, rel=1e-3, abs=1e-6)
+        assert a.retrieval == b.retrieval
+    assert masked[0].ratio < masked[1].ratio < masked[2].ratio == pytest.approx(64 / 5)
+    assert 0 < masked[0].divergence < masked[2].divergence
+    assert masked[1].agreement < 1
+    assert attachment_of(model).policy.offset == 0
+    assert "divergence" in describe(masked[0])
+
+
+def test_held_is_what_the_allocator_holds_with_lag_and_sliding_layers() -> None:
+    model = tiny_model("Gemma3")
+    sparsekv.attach(model, policy="dms", window=4, lag=1, offset=0.5)
+    tiny.random_heads(sparsekv.heads(model))
+    ids = tokens(2, 40)
+    with_cache, without = (read(SplitModel(model), ids, through=through) for through in ("cache", "mask"))
+    assert with_cache.held == pytest.approx(without.held, rel=1e-9)
+    assert torch.allclose(with_cache.hidden, without.hidden, atol=1e-4)
+
+
+def test_other_policies_are_measured_too() -> None:
+    model = tiny_model(vocab_size=512, max_position_embeddings=2048)
+    sparsekv.attach(model, policy="streaming", budget=16)
+    (score,) = scores(model, [Point()])
+    assert score.ratio == pytest.approx(64 / 16)
+    with pytest.raises(ValueError, match="policy 'streaming' has no offset"):
+        scores(model, [Point(offset=0.0)])
+
+
+def test_time_is_bounded(model) -> None:
+    settings = EvaluationConfig(rows=1, length=32, items=0, seconds=1e-9)
+    assert len(scores(model, [Point(offset=0.0)] * 3, settings=settings)) == 1
+
+
+def test_chunked_divergence_is_the_whole_one_in_value_and_gradient(model) -> None:
+    split = SplitModel(model)
+    split.chunk = 7
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(2, 20, 32, generator=generator) for _ in range(2))
+    student.requires_grad_()
+    expected = sparsekv.dms.kl_teacher_student(split.logits(teacher), split.logits(student)).mean()
+    (gradient,) = torch.autograd.grad(3 * expected, student)
+    value = split.divergence(teacher, student, sparsekv.dms.kl_teacher_student)
+    (ours,) = torch.autograd.grad(3 * value, student)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(ours, gradient, atol=1e-7)
+
+
+def test_a_model_that_scales_its_logits_is_refused() -> None:
+    model = tiny_model("Granite", logits_scaling=8.0)
+    with pytest.raises(ValueError, match="GraniteForCausalLM scales its logits"):
+        SplitModel(model)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"ratios": [0.5]}, "ratios has 0.5"), ({"rows": 0}, "rows is 0"), ({"contexts": [5]}, "contexts has 5 tokens")],
+)
+def test_settings_that_measure_nothing_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvaluationConfig(**values)

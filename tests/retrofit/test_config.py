@@ -1,0 +1,74 @@
+"""Retrofit configuration: YAML round trip, overrides, and one sentence for each mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparsekv.retrofit.config import load_config, parse_config, save_config
+
+MINIMAL = {"model": "m", "output": "o", "texts": ["t.txt"]}
+
+
+def test_the_shipped_configuration_is_the_documented_recipe() -> None:
+    config = load_config(Path(__file__).parents[2] / "configs" / "smollm2-135m.yaml")
+    assert (config.model, config.window, config.lag, config.tau) == ("smollm2-135m", 64, 0, 0.1)
+    assert (config.steps, config.final_cr, config.batch, config.length) == (700, 8, 16, 2048)
+
+
+def test_written_configuration_reads_back_equal(tmp_path: Path) -> None:
+    config = parse_config({**MINIMAL, "lr": "1e-4", "max_steps": 20, "calibration": {"targets": [2, 4]}})
+    assert config.lr == 1e-4
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_overrides_win_and_reach_inside(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(MINIMAL))
+    overrides = ["max_steps=20", "calibration.targets=[2, 3]", "evaluation.items=1", "texts=a.txt", "lr=1e-4"]
+    config = load_config(tmp_path / "c.yaml", overrides=overrides)
+    assert (config.max_steps, config.steps, config.calibration.targets) == (20, 20, [2.0, 3.0])
+    assert config.final_cr == 1.2
+    assert config.evaluation is not None
+    assert (config.evaluation.items, config.texts, config.lr) == (1, ["a.txt"], 1e-4)
+    assert load_config(tmp_path / "c.yaml", overrides=["evaluation=null"]).evaluation is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("windw=3", r"unknown key windw; the keys are model, output, texts, .*window"),
+        ("calibration.rowz=3", r"unknown key calibration\.rowz; the keys are calibration\.targets, calibration\.rows"),
+        ("window=0", "window is 0; it counts the current token"),
+        ("window=64.5", "window is 64.5; it is a whole number"),
+        ("window=1024", "length is 2048 and window 1024"),
+        ("lag=2", "lag is 2; it is 0 or 1"),
+        ("max_cr=0.5", "max_cr is 0.5; a ratio is tokens seen over tokens held"),
+        ("calibration.targets=[0.5]", "targets has 0.5; a ratio is tokens seen over tokens held"),
+        ("evaluation.ratios=[0.5]", "ratios has 0.5"),
+        ("tau=0", "tau is 0; use more than 0"),
+        ("lr=fast", "lr is 'fast'; it is a number"),
+        ("batch=0", "batch is 0; use at least 1"),
+        ("retrieval_share=1.5", "retrieval_share is 1.5; it lies between 0 and 1"),
+        ("trainable=lora", "trainable is 'lora'; use one of heads"),
+        ("divergence=forward", "divergence is 'forward'; use one of kl_teacher_student, kl_student_teacher"),
+        ("texts=[]", "texts is empty"),
+        ("model", "--set model has no '='"),
+        ("model=[a]", r"model is \['a'\]; it is a text"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path: Path, override: str, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(tmp_path / "c.yaml", overrides=[override])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_keys_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot read .*none\.yaml: No such file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="the configuration lacks texts"):
+        parse_config({"model": "m", "output": "o"})
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"bad\.yaml is not YAML"):
+        load_config(tmp_path / "bad.yaml")

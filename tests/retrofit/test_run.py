@@ -1,0 +1,120 @@
+"""A whole run: the folder it leaves, going on after a stop, and folders it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import sparsekv
+from sparsekv.cli.main import app
+from sparsekv.modeling.adapter import read_adapter
+from sparsekv.retrofit import __main__ as entry
+from sparsekv.retrofit.config import RetrofitConfig, save_config
+from sparsekv.retrofit.run import load_model, prepare_output, run
+
+Configure = Callable[..., RetrofitConfig]
+EVALUATION = {"ratios": [1, 2], "rows": 2, "length": 128, "items": 1, "contexts": [256], "batch": 2}
+
+
+def test_one_command_leaves_a_finished_adapter(configure: Configure, tmp_path: Path) -> None:
+    config = configure(max_steps=2, lr=0.05, evaluation=EVALUATION)
+    said: list[str] = []
+    output = run(config, say=said.append)
+    names = {path.name for path in output.iterdir()}
+    assert names == {
+        *("adapter_config.json", "adapter_model.safetensors", "config.yaml"),
+        *("metrics.jsonl", "eval.json", "README.md"),
+    }
+    adapter, _ = read_adapter(output)
+    assert adapter.training["steps"] == 2
+    assert adapter.training["final_cr"] == 2
+    assert [ratio for _, ratio in adapter.offsets] == pytest.approx([1.5, 2, 3], rel=0.1)
+    results = json.loads((output / "eval.json").read_text())
+    assert [score["asked"] for score in results["scores"]] == [1, 2]
+    assert results["scores"][0]["divergence"] == pytest.approx(0, abs=1e-6)
+    card = (output / "README.md").read_text()
+    assert "trained to ratio 2" in card
+    assert f"| {adapter.offsets[0][0]:+.3f} | {adapter.offsets[0][1]:.3f} |" in card
+    assert any("Evaluating" in line for line in said)
+    model, _ = load_model(config.model, device="cpu")
+    sparsekv.attach(model, adapter=str(output), cr=2)
+    with pytest.raises(ValueError, match="holds a finished adapter"):
+        run(config)
+
+
+def test_a_run_that_was_stopped_after_training_goes_on_with_its_heads(configure: Configure, monkeypatch) -> None:
+    config = configure(max_steps=2)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsekv.retrofit.run.fill_table", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    heads = read_adapter(config.output)[1]
+    monkeypatch.undo()
+    monkeypatch.setattr("sparsekv.retrofit.run.train", stop)
+    run(config)
+    adapter, again = read_adapter(config.output)
+    assert len(adapter.offsets) == 3
+    assert all(torch.equal(heads[key], again[key]) for key in heads)
+
+
+def test_output_folders_that_do_not_fit_are_refused(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file; name a folder"):
+        prepare_output(configure(output=str(tmp_path / "file")))
+    with pytest.raises(ValueError, match="cannot make the output folder"):
+        prepare_output(configure(output=str(tmp_path / "file" / "out")))
+    config = configure(output=str(tmp_path / "other"))
+    prepare_output(config)
+    save_config(config, tmp_path / "other" / "config.yaml")
+    prepare_output(configure(output=str(tmp_path / "other"), save_every=7))
+    with pytest.raises(ValueError, match=r"holds another run \(window 8 there, 9 here\)"):
+        prepare_output(configure(output=str(tmp_path / "other"), window=9))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="an adapter that this run did not make"):
+        prepare_output(configure(output=str(tmp_path / "foreign")))
+
+
+def test_a_model_or_device_that_is_not_there_is_one_sentence(configure: Configure, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot load the model .*nothing") as caught:
+        load_model(str(tmp_path / "nothing"))
+    assert "\n" not in str(caught.value)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device is cuda and this machine shows none"):
+            load_model(configure().model, device="cuda")
+
+
+def test_the_commands(configure: Configure, tmp_path: Path) -> None:
+    save_config(configure(max_steps=1), tmp_path / "run.yaml")
+    runner = CliRunner()
+
+    def call(*arguments: str) -> str:
+        result = runner.invoke(app, list(arguments))
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    output = call("retrofit", str(tmp_path / "run.yaml"), "--set", f"output={tmp_path / 'a'}").strip().splitlines()[-1]
+    assert output == str(tmp_path / "a")
+    model, text = configure().model, configure().texts[0]
+    shared = [model, "--adapter", output, "--text", text, "--rows", "1", "--length", "128", "--json"]
+    table = json.loads(call("calibrate", *shared, "--targets", "1.5,2.5"))["offsets"]
+    assert [row["ratio"] for row in table] == pytest.approx([1.5, 2.5], rel=0.1)
+    scores = json.loads(call("eval", *shared, "--cr", "2", "--items", "1", "--context", "256"))["scores"]
+    assert scores[0]["asked"] == 2
+    assert scores[0]["ratio"] == pytest.approx(2, rel=0.15)
+    bad = runner.invoke(app, ["retrofit", str(tmp_path / "run.yaml"), "--set", "window=0"])
+    assert bad.exit_code == 2
+
+
+def test_the_plain_entry_prints_one_sentence_for_a_mistake(tmp_path: Path, capsys) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"model": "m", "output": "o", "texts": ["t"], "window": 0}))
+    assert entry.main([str(tmp_path / "c.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("Error: window is 0")
+    assert entry.main([]) == 2
