@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.ops.decode import decode
-from sparsekv.ops.layout import Batch, LayerPages
+from sparsekv.ops.layout import Batch, LayerPages, LinearMarks
 from sparsekv.ops.place import align_marks, place
 from sparsekv.ops.prefill import prefill
 
@@ -81,6 +81,10 @@ class Policy:
         """bool [T, H]: which tokens are forgotten once they leave the window, by the position that decides (lag)."""
         return None
 
+    def decode_marks(self, step: Step) -> Tensor | LinearMarks | None:
+        """As marks, for a decode step; a policy without lag may leave the arithmetic to the kernel that places."""
+        return self.marks(step)
+
     def slots(self, step: Step, pages: LayerPages) -> Tensor | None:
         """int32 [B, H]: the slot that a decoded token overwrites, -1 to append; None for the ring rule."""
         return None
@@ -98,7 +102,7 @@ class Policy:
         """An upper bound of the slots that a head of this layer ever takes for a sequence of `tokens` tokens."""
         return tokens
 
-    def place(self, step: Step, pages: LayerPages, marks: Tensor | None) -> None:
+    def place(self, step: Step, pages: LayerPages, marks: Tensor | LinearMarks | None) -> None:
         """Store the step's tokens. marks: bool [T, H], aligned to their tokens."""
         slots = self.slots(step, pages) if step.batch.longest == 1 else None
         place(pages, step.batch, step.key, step.value, marks=marks, slots=slots)
@@ -121,7 +125,7 @@ def prefill_layer(policy: Policy, step: Step, pages: LayerPages) -> Tensor:
 
     Raises PoolExhausted where the pool has too few pages; nothing of this layer is placed then.
     """
-    marks = _aligned_marks(policy, step, pages)
+    marks = _aligned(policy, step, pages, policy.marks(step))
     out = prefill(pages, step.batch, step.query, step.key, step.value, scale=step.scale, marks=marks)
     policy.place(step, pages, marks)
     return out
@@ -132,7 +136,8 @@ def decode_layer(policy: Policy, step: Step, pages: LayerPages) -> tuple[Tensor,
 
     Raises PoolExhausted where the pool has too few pages.
     """
-    policy.place(step, pages, _aligned_marks(policy, step, pages))
+    marks = policy.decode_marks(step)
+    policy.place(step, pages, marks if isinstance(marks, LinearMarks) else _aligned(policy, step, pages, marks))
     view, rows = policy.read(step, pages), step.batch.rows
     result = decode(view, rows, step.query, scale=step.scale, return_weights=policy.needs_weights)
     if result.weights is not None:
@@ -140,8 +145,7 @@ def decode_layer(policy: Policy, step: Step, pages: LayerPages) -> tuple[Tensor,
     return result.out, view
 
 
-def _aligned_marks(policy: Policy, step: Step, pages: LayerPages) -> Tensor | None:
-    marks = policy.marks(step)
+def _aligned(policy: Policy, step: Step, pages: LayerPages, marks: Tensor | None) -> Tensor | None:
     if marks is None or policy.lag == 0:
         return marks
     return align_marks(pages, step.batch, marks, policy.lag)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekv import dms
+from sparsekv.ops.layout import LinearMarks
 from sparsekv.policies.base import Policy, Step
 
 
@@ -49,10 +50,10 @@ class DMSPolicy(Policy):
             tensor.fill_(self._offset)
 
     def offset_on(self, device: torch.device) -> Tensor:
-        """The offset as a float32 scalar tensor, the same one at every call: kernels and graphs may keep it."""
+        """The offset as a tensor float32 [1], the same one at every call: kernels and graphs may keep it."""
         if device not in self._offsets:
             with torch.inference_mode(False):  # so that a later assignment may write to it
-                self._offsets[device] = torch.tensor(self._offset, dtype=torch.float32, device=device)
+                self._offsets[device] = torch.tensor([self._offset], dtype=torch.float32, device=device)
         return self._offsets[device]
 
     def window(self, layer: int) -> int:
@@ -66,3 +67,10 @@ class DMSPolicy(Policy):
 
     def marks(self, step: Step) -> Tensor:
         return dms.marks(self.logits(step.layer, step.hidden))
+
+    def decode_marks(self, step: Step) -> Tensor | LinearMarks:
+        source = self.sources[step.layer]
+        if self.lag or not isinstance(source, dms.EvictionHead):
+            return self.marks(step)
+        offset = self.offset_on(step.hidden.device)
+        return LinearMarks(hidden=step.hidden, weight=source.weight, bias=source.bias, offset=offset)
