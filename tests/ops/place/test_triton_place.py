@@ -18,18 +18,14 @@ HEADS, DIM = 2, 5
 
 
 def empty(*, rows: int = 3, window: int = 3, page_size: int = 4, columns: int = 12, count: int = 80) -> LayerPages:
-    """A layer that holds nothing, over a shuffled free list."""
+    """A layer that holds nothing, over a shuffled free list; its rings still hold marks of sequences long gone."""
     free = torch.randperm(count, generator=torch.Generator().manual_seed(0)).int()
-    zeros = {
-        "pages": (rows, HEADS, columns),
-        "lengths": (rows, HEADS),
-        "ring": (rows, HEADS, window),
-        "seen": (rows,),
-    }
+    zeros = {"pages": (rows, HEADS, columns), "lengths": (rows, HEADS), "seen": (rows,)}
     return LayerPages(
         kv=torch.full((count, 2, page_size, DIM), torch.nan, device=DEVICE),
         free=free.to(DEVICE),
         free_count=torch.tensor([count], dtype=torch.int32, device=DEVICE),
+        ring=torch.full((rows, HEADS, window), 3 << 1 | 1, dtype=torch.int32, device=DEVICE),
         **{name: torch.zeros(shape, dtype=torch.int32, device=DEVICE) for name, shape in zeros.items()},
     )
 
