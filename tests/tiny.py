@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer and text, as a folder that `from_pretrained` reads: for training and evaluation tests."""
+"""A tiny model with a tokenizer and text, as a folder that `from_pretrained` reads."""
 
 import random
 from pathlib import Path
@@ -9,26 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers import tiny_model
 
-_WORDS = [
-    "the",
-    "a",
-    "river",
-    "mountain",
-    "old",
-    "ship",
-    "sails",
-    "under",
-    "green",
-    "light",
-    "and",
-    "slowly",
-    "turns",
-    "towards",
-    "quiet",
-    "harbour",
-    "of",
-    "stone",
-]
+_WORDS = ("the", "a", "river", "mountain", "old", "ship", "sails", "under", "green", "light", "and", "slowly", "turns")
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -69,9 +69,7 @@ def test_targets_beyond_the_window_are_left_out_or_refused() -> None:
         calibrate(dense, tokens(1, 64), targets=[2.0])
 
 
-def test_recalibrate_writes_the_table_into_the_adapter(
-    configure: Callable[..., RetrofitConfig], tmp_path: Path
-) -> None:
+def test_recalibrate_writes_the_table(configure: Callable[..., RetrofitConfig], tmp_path: Path) -> None:
     config = configure()
     model, _ = load_model(config.model, device="cpu")
     sparsekv.attach(model, policy="dms", window=8)

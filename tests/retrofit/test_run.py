@@ -83,7 +83,7 @@ def test_output_folders_that_do_not_fit_are_refused(configure: Configure, tmp_pa
 
 
 def test_a_model_or_device_that_is_not_there_is_one_sentence(configure: Configure, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot load the model .*nothing") as caught:
+    with pytest.raises(ValueError, match=r"cannot load the model .*nothing") as caught:
         load_model(str(tmp_path / "nothing"))
     assert "\n" not in str(caught.value)
     if not torch.cuda.is_available():

@@ -107,9 +107,8 @@ def test_a_checkpoint_is_the_heads_and_no_more(configure: Configure) -> None:
     checkpoint = newest_checkpoint(Path(config.output))
     assert checkpoint is not None
     state = read_adapter(checkpoint)[1]
-    assert sum(x.numel() for x in state.values()) == sum(
-        p.numel() for h in sparsekv.heads(model) for p in h.parameters()
-    )
+    parameters = [p for head in sparsekv.heads(model) for p in head.parameters()]
+    assert sum(x.numel() for x in state.values()) == sum(p.numel() for p in parameters)
     assert not list(checkpoint.glob("model*"))
 
 
