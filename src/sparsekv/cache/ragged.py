@@ -39,6 +39,7 @@ class RaggedCache:
         self.lengths = torch.zeros(n, rows, kv_heads, dtype=torch.int32, device=device)
         self.seen = torch.zeros(n, rows, dtype=torch.int32, device=device)
         self.rings = [torch.zeros(rows, kv_heads, w, dtype=torch.int32, device=device) for w in windows]
+        self.tickets = torch.zeros(rows, kv_heads, dtype=torch.int32, device=device)  # scratch of the decode kernel
         self.rewrites = rewrites or [False] * n
         self.state: list[dict[str, Tensor]] = [{} for _ in windows]
 
@@ -56,6 +57,7 @@ class RaggedCache:
             seen=self.seen[index],
             free=self.pool.free,
             free_count=self.pool.free_count,
+            tickets=self.tickets,
         )
 
     def grow(self, max_tokens: int) -> None:
@@ -109,6 +111,7 @@ class RaggedCache:
 
     def _each_by_row(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor whose first dimension is the rows."""
+        self.tickets = change(self.tickets)
         self.rings = [change(ring) for ring in self.rings]
         for state in self.state:
             state.update({name: change(tensor) for name, tensor in state.items()})
