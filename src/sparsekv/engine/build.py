@@ -79,10 +79,8 @@ def build_engine(model: PreTrainedModel, config: EngineConfig, *, tokenizer: Any
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """Token ids that end a text: the generation config's, else the model's, with the tokenizer's."""
+    """Token ids that end a text: those at which plain generate ends it, and the tokenizer's."""
     found = getattr(model.generation_config, "eos_token_id", None)
-    if found is None:
-        found = model.config.get_text_config(decoder=True).eos_token_id
     ids = found if isinstance(found, list) else [found]
     return frozenset(i for i in [*ids, getattr(tokenizer, "eos_token_id", None)] if i is not None)
 

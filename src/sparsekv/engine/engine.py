@@ -186,6 +186,7 @@ class Engine:
 
     def _count(self, step: RunStep, result: StepResult) -> None:
         held = result.lengths.sum((0, 2), dtype=np.int64)
+        assert result.free >= 0, "a step took more pages than the ledger allowed"
         read = held if result.reads is None else result.reads - self._reads
         for sequence in step.decodes:
             if sequence.status is not Status.FINISHED:
@@ -213,7 +214,7 @@ class Engine:
         """Start the other samples of a request: as copies of its row, or from host memory where there is no room."""
         alive = [child for child in children if child.status is Status.PENDING]
         row, scheduler = trunk.row_(), self.scheduler
-        count = scheduler.forks(trunk, self.runner.fork_cost(row)) if alive else 0
+        count = min(len(alive), scheduler.forks(self.runner.fork_cost(row))) if alive else 0
         if len(alive) > count or (trunk.request.keep and any(c.status is Status.FINISHED for c in children)):
             swapped = self.runner.swap_out(row)
             for child in children:

@@ -129,7 +129,7 @@ class Scheduler:
     def pages_needed(self, request: Request) -> int:
         """Pages that one sample needs at the best ratio to be hoped for. More than the pool: it can never fit."""
         new = 1 if request.params.max_tokens is None else request.most_new
-        return self.ledger.estimate(len(request.prompt) + new, self.best_ratio)
+        return self.ledger.estimate(len(request.prompt) + new - 1, self.best_ratio)
 
     # What to do next
 
@@ -150,7 +150,7 @@ class Scheduler:
             return self._make_room(in_flight)
         return GiveUp(sequence=self.swapped[0]) if self.swapped else Idle()
 
-    def forks(self, trunk: Sequence, cost: int) -> int:
+    def forks(self, cost: int) -> int:
         """How many copies of a prefilled row, of `cost` pages each, may start at once."""
         heads = self.ledger.heads
         room = self.ledger.available() - heads * len(self.running)
