@@ -101,8 +101,8 @@ def decode(
     merge_rows = triton.next_power_of_2(group)
     step = max(1, min(32, 4096 // (merge_rows * shape["DP"])))
     _decode[(programs,)](
-        q, layer.kv, pages, lengths, rows, out, lse, scratch, tickets, scale, heads, columns,
-        **shape, MP=merge_rows, STEP=step, LANES=LANES, LEAST=config.least,
+        q, layer.kv, pages, lengths, rows, out, lse, scratch, tickets, scale, heads, columns, config.least,
+        **shape, MP=merge_rows, STEP=step, LANES=LANES,
         num_warps=config.warps, num_stages=config.stages, maxnreg=_registers(config),
     )  # fmt: skip
     if weights is not None and longest:
@@ -224,13 +224,12 @@ def _finish(out, lse, head, acc, total, top, G: tl.constexpr, GP: tl.constexpr, 
 
 
 @triton.jit(
-    do_not_specialize=["rows", "lengths", "pages", "tickets", "lse", "heads", "columns", "scale"],
+    do_not_specialize=["rows", "lengths", "pages", "tickets", "lse", "scale", "heads", "columns", "least"],
 )
 def _decode(
-    q, kv, pages, lengths, rows, out, lse, scratch, tickets, scale, heads, columns,
+    q, kv, pages, lengths, rows, out, lse, scratch, tickets, scale, heads, columns, least,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, BLOCK: tl.constexpr, MP: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
-    LEAST: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     lane = tl.arange(0, LANES)
@@ -238,7 +237,7 @@ def _decode(
     total_units = 0
     for base in range(0, heads, LANES):
         total_units += tl.sum(_units(lengths, rows, base + lane, H, heads))
-    share = tl.maximum(tl.cdiv(total_units, programs), LEAST // UNIT)
+    share = tl.maximum(tl.cdiv(total_units, programs), least // UNIT)
     begin = program * share
     end = tl.minimum(begin + share, total_units)
     if begin >= end:
