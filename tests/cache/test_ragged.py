@@ -94,6 +94,17 @@ def test_forks_share_settled_pages_only():
     check_pages(run.cache)
 
 
+def test_a_token_not_yet_decided_is_not_shared():
+    """Where marks lag, one fork may overwrite the newest token that the other keeps."""
+    run = Run(policy=DMSPolicy([lambda hidden: hidden], window=1, lag=1), page_size=1)
+    run.step([3], hidden=-torch.ones(3, 2), query=torch.zeros(3, 2, 2).double())
+    run.cache.select(torch.tensor([0, 0]))
+    run.step([1, 1], hidden=torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), query=torch.zeros(2, 2, 2).double())
+    assert run.held(0) == [0, 1, 3]
+    assert run.held(1) == [0, 1, 2, 3]
+    check_pages(run.cache)
+
+
 def test_a_selection_that_does_not_fit_changes_nothing():
     run = dense_run(5, pages=7)
     with pytest.raises(ValueError, match=r"\(2 pages\) are needed and 64 B of 448 B are free"):

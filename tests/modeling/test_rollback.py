@@ -144,6 +144,27 @@ def test_a_budget_policy_in_a_full_pool():
     check_pages(cache.ragged)
 
 
+class Merge(Policy):
+    """Adds to the last stored token before it appends."""
+
+    def place(self, step, pages, marks):
+        last = pages.lengths[0, 0] - 1
+        if last >= 0:
+            pages.kv[pages.pages[0, :, last // PAGE].long(), :, last % PAGE] += 1
+        super().place(step, pages, marks)
+
+
+def test_a_chunk_that_does_not_fit_leaves_merged_tokens_as_they_were():
+    model = tiny_model(dtype=torch.float64)
+    sparsekv.attach(model, policy=Merge())
+    cache = cache_of(model, 2 * 2 * 3)
+    run(model, tokens(1, 8), [3], cache)
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match="the KV pool is full"):
+        run(model, tokens(1, 6), [], cache)
+    assert_same(before, snapshot(cache))
+
+
 # Forwards that another error interrupts
 
 
