@@ -62,7 +62,8 @@ def scene(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Scene:
-    """Chunks of counts[i] tokens per sequence, all but the last stored; unwritten slots hold NaN."""
+    """Chunks of counts[i] tokens per sequence, all but the last stored. Unwritten slots hold NaN, unwritten ring
+    entries the marks of an earlier sequence."""
     generator = torch.Generator().manual_seed(seed)
     sequences, most = len(counts[0]), sum(max(chunk) for chunk in counts)
     pages = (sequences + 1) * heads * (most // page_size + 1)
@@ -70,6 +71,7 @@ def scene(
     pool.kv.fill_(torch.nan)
     pool.free.copy_(torch.randperm(pages, generator=generator))
     layer = RaggedCache(pool, [window], kv_heads=heads, rows=sequences + 1, max_tokens=most).layer(0)
+    layer.ring.fill_(2 * 3 + 1)
     rows = torch.arange(sequences, 0, -1, device=DEVICE)
 
     def chunk(count: list[int]) -> Chunk:
@@ -129,14 +131,18 @@ def assert_right(scene: Scene, *, config: PrefillConfig | None = SMALL) -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """Fresh floating-point memory holds NaN, so that an element left unwritten shows."""
-    empty = torch.empty
+    """Fresh memory holds NaN or, where it counts, nonsense, so that an element left unwritten shows."""
 
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+    def fill(make):
+        def poisoned(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return poisoned
+
+    monkeypatch.setattr(torch, "empty", fill(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", fill(Tensor.new_empty))
 
 
 @pytest.mark.parametrize(
@@ -162,6 +168,13 @@ def test_every_head_size_in_its_tuned_cut(dim, group, page_size, dtype):
 def test_windows_and_shares_of_marks(window, marked):
     """Odd counts, among them a prompt shorter than the window; nothing and everything marked."""
     assert_right(scene([30, 0, 17], [63, 31, 1], window=window, marked=marked, heads=1))
+
+
+@pytest.mark.parametrize("count", [32, 33, 73])
+def test_the_last_block_has_all_its_window_before_it(count):
+    """Blocks of 8 queries: the window of a last one of one query begins with the last token that is counted,
+    which with 73 tokens opens a block of 64."""
+    assert_right(scene([count], window=9, heads=1, group=2, marked=0.3))
 
 
 def test_long_prompts():
