@@ -38,6 +38,12 @@ def test_trace_of_the_first_layer_by_hand():
     assert "logits" not in vars(policy)
 
 
+def test_a_text_of_one_token():
+    trace = sparsekv.inspect(dms_model(window=4), tokens(1, 1))
+    assert trace.marks.shape == (2, 2, 1)
+    assert trace.held.all()
+
+
 def test_refusals():
     model = tiny_model()
     sparsekv.attach(model, policy="streaming", budget=9)

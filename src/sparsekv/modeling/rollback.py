@@ -1,9 +1,9 @@
 """Take back a prefill that failed half-way, so that the cache is as it was before.
 
 Pages come off the top of the free stack and nothing is pushed during a forward, so putting the count back frees them.
-The only stored tokens that a prefill overwrites are the marked ones that leave the window, the newest, which it may mark
-itself (lag), and, where the policy merges tokens, the last slot of each head; those are saved, and so is the policy's
-state.
+The only stored tokens that a prefill overwrites are the marked ones that leave the window, the newest, which it may
+mark itself (lag), and, where the policy merges tokens, the last slot of each head; those are saved, and so is the
+policy's state.
 """
 
 import torch

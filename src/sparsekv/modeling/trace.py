@@ -52,11 +52,11 @@ def inspect(model: PreTrainedModel, input_ids: Tensor) -> Trace:
         recorded.append(logits(layer, hidden))
         return recorded[-1]
 
-    policy.logits = record
+    policy.logits, policy.decode_marks = record, policy.marks  # a decode step would leave its logits to the kernel
     try:
         model(ids, past_key_values=cache, logits_to_keep=1)
     finally:
-        del policy.logits
+        del policy.logits, policy.decode_marks
     z = torch.stack([x.T.cpu() for x in recorded])
     marks = dms.align(dms.marks(z), policy.lag, fill=False)
     return Trace(
