@@ -83,6 +83,8 @@ class RetrofitConfig:
     save_every: int = 100
     """Steps between checkpoints."""
     device: str = "auto"
+    commit: str | None = None
+    """This repository's commit, for the card, where the run has no git to ask."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig | None = field(default_factory=EvaluationConfig)
     """null: nothing is measured after calibration."""
@@ -127,7 +129,7 @@ class RetrofitConfig:
 
     def training_keys(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that resumes it."""
-        free = {"output", "save_every", "device", "calibration", "evaluation"}
+        free = {"output", "save_every", "device", "commit", "calibration", "evaluation"}
         return {key: value for key, value in asdict(self).items() if key not in free}
 
 

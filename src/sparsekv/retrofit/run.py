@@ -145,7 +145,7 @@ def _train(
         final_cr=config.final_cr,
         text_tokens=rows.corpus.tokens,
         minutes=round(sum(seconds) / 60, 2),
-        **provenance(model),
+        **provenance(model, config),
     )
     save_adapter(model, config.output, made)
 
@@ -171,19 +171,22 @@ def _evaluate(
         scores.append(score.to_dict())
         about = {"model": config.model, "texts": config.texts, "through": through, "date": started}
         settings_used = {"rows": settings.rows, "length": settings.length, "items": settings.items}
-        results = about | provenance(model) | {"seed": settings.seed, "settings": settings_used, "scores": scores}
+        results = (
+            about | provenance(model, config) | {"seed": settings.seed, "settings": settings_used, "scores": scores}
+        )
         (Path(config.output) / EVAL_FILE).write_text(json.dumps(results, indent=1) + "\n")
         say("  " + describe(score))
 
     evaluate(model, tokenizer, documents=held_out, points=points, settings=settings, through=through, on_score=keep)
 
 
-def provenance(model: PreTrainedModel) -> dict[str, Any]:
-    """Where numbers come from: hardware, torch, and this repository's commit where it is one."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(git, capture_output=True, text=True, check=False)
-        commit = found.stdout.strip() if found.returncode == 0 else None
-    except OSError:
-        commit = None
+def provenance(model: PreTrainedModel, config: RetrofitConfig) -> dict[str, Any]:
+    """Where numbers come from: hardware, torch, and this repository's commit."""
+    root = Path(__file__).parents[3]
+    commit = config.commit
+    if commit is None and (root / ".git").exists() and shutil.which("git"):
+        found = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+        commit = found.stdout.strip() or None
     return {"hardware": device_name(model), "torch": torch.__version__, "commit": commit}

@@ -89,7 +89,7 @@ class RetrofitTrainer(Trainer):
             weight_decay=0.0,
             max_grad_norm=config.clip,
             seed=config.seed,
-            use_cpu=config.device == "cpu",
+            use_cpu=next(model.parameters()).device.type == "cpu",
             save_strategy="steps",
             save_steps=config.save_every,
             save_total_limit=2,
