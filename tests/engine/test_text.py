@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -29,10 +30,8 @@ def test_pieces_make_the_whole(tokenizer: Any, seed: int) -> None:
     prompt = tokenizer.encode("the old ship")
     ids = [rng.randrange(len(tokenizer)) for _ in range(30)]
     for output in (ids, tokenizer.encode("naïve 日本語 🙂🙃 the river é")):
-        detokenizer, pieces = Detokenizer(tokenizer, prompt), []
-        for token in output:
-            pieces.append(detokenizer.push(token))
-        pieces.append(detokenizer.finish())
+        detokenizer = Detokenizer(tokenizer, prompt)
+        pieces = [*map(detokenizer.push, output), detokenizer.finish()]
         whole = tokenizer.decode(prompt + output, skip_special_tokens=True)
         assert tokenizer.decode(prompt, skip_special_tokens=True) + "".join(pieces) == whole
         assert detokenizer.text == "".join(pieces)
@@ -99,7 +98,7 @@ def test_streams_grow_to_what_generate_returns(llm: LLM) -> None:
         assert outputs[-1].finished
         assert not any(o.finished for o in outputs[:-1])
         assert len(outputs) > 5
-        for before, after in zip(outputs, outputs[1:], strict=False):
+        for before, after in pairwise(outputs):
             for a, b in zip(before.outputs, after.outputs, strict=True):
                 assert b.text.startswith(a.text)
                 assert b.token_ids[: len(a.token_ids)] == a.token_ids

@@ -136,7 +136,8 @@ _CACHES: WeakValueDictionary[int, EngineCache] = WeakValueDictionary()
 def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, layer: int, handle: int, scale: float) -> Tensor:
     """EngineCache.attend as one operation. It writes to the cache, which the compiler does not see; each layer's input
     depends on the output of the one before, which keeps them in order."""
-    return _CACHES[handle].attend_packed(layer, hidden, (q, k, v), scale)
+    # Contiguous, as the fake below promises the compiler; the kernels' outputs are so already.
+    return _CACHES[handle].attend_packed(layer, hidden, (q, k, v), scale).contiguous()
 
 
 @attend.register_fake

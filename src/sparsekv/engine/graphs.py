@@ -51,7 +51,7 @@ class DecodeGraphs:
         self.rows = torch.full((rows,), -1, dtype=torch.int64, device=device)
         self.seen = torch.zeros(rows, dtype=torch.int32, device=device)
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self._forward = _compiled(model, cache)
+        self._forward = compiled_decode(model, cache)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(buckets_up_to(rows)):
@@ -91,13 +91,13 @@ class DecodeGraphs:
         return Part(batch=batch, seen=self.seen[:size], tokens=size)
 
 
-def _compiled(model: Any, cache: EngineCache) -> Forward:
-    """One compilation serves all buckets above 1: the number of tokens is dynamic."""
+def compiled_decode(model: Any, cache: EngineCache, *, backend: Any = "inductor") -> Forward:
+    """The model's forward, compiled whole. One compilation serves all buckets above 1: their size is dynamic."""
 
     def forward(ids: Tensor, positions: Tensor) -> Tensor:
         return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
 
-    compiled = torch.compile(forward, fullgraph=True)
+    compiled = torch.compile(forward, fullgraph=True, backend=backend)
 
     def run(ids: Tensor, positions: Tensor) -> Tensor:
         if ids.shape[1] > 1:
