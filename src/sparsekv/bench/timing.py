@@ -1,12 +1,18 @@
 """How benchmarks measure: medians of CUDA-event times of graph replays (wall times on the CPU), and the roofline."""
 
 import platform
+import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+
+from sparsekv import __version__
 
 
 def median(values: list[float]) -> float:
@@ -67,13 +73,26 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a result must carry: commit, hardware, versions."""
-    hardware = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    )
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
-        "commit": git.stdout.strip() or None,
-        "hardware": hardware,
+        "commit": _commit(),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "sparsekv": __version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file lies in; None outside of one."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,116 @@
+"""What the demo shows: a table on the terminal, a picture of the cache growing, and the README's block, all from the
+results of one run."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from sparsekv.cache.pages import human_bytes
+
+BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+_COLUMNS = ("asked", "held", "KV held", "KV reads", "perplexity", "tokens/s", "answer", "")
+_LEFT = ("asked", "answer", "")
+_INK, _SOFT, _GRID = "#1c1b19", "#6b6862", "#e3e0da"
+_COLOURS = ("#1c1b19", "#7a3410", "#b85c12", "#d98a1c")
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """The table's cells, dense first."""
+    dense = results["runs"][0]
+    return [
+        [
+            "dense" if run["ratio_asked"] == 1 else f"{run['ratio_asked']:g}x",
+            f"{run['ratio_held']:.2f}x",
+            human_bytes(run["kv_bytes"]),
+            f"{run['kv_reads'] / 1e6:.1f} M",
+            f"{run['perplexity']:.2f}{_change(run['perplexity'], dense['perplexity'])}",
+            f"{run['tokens_per_second']:.1f}",
+            _shortened(run["answer"]),
+            "right" if run["right"] else "wrong",
+        ]
+        for run in results["runs"]
+    ]
+
+
+def table(results: dict[str, Any]) -> Table:
+    """For the terminal."""
+    shown = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in _COLUMNS:
+        shown.add_column(name, justify="left" if name in _LEFT else "right", no_wrap=True)
+    for row in rows(results):
+        shown.add_row(*row[:-1], Text(row[-1], style="green" if row[-1] == "right" else "red"))
+    return shown
+
+
+def draw(results: dict[str, Any], file: Path) -> None:
+    """Cache size against tokens, one line per ratio, as PNG."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.2), dpi=160)
+    for run, colour in zip(results["runs"], _COLOURS, strict=False):
+        tokens, sizes = zip((0, 0), *run["growth"], strict=True)
+        mebibytes = [size / 2**20 for size in sizes]
+        axes.plot(tokens, mebibytes, color=colour, linewidth=2)
+        name = "dense" if run["ratio_asked"] == 1 else f"ratio {run['ratio_asked']:g}"
+        axes.annotate(
+            f"{name}, {mebibytes[-1]:.0f} MiB",
+            (tokens[-1], mebibytes[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontweight="bold",
+        )
+    last = results["runs"][0]["growth"][-1][0]
+    decoded = last - results["task"]["generate"] + 1
+    axes.axvspan(decoded, last, color=_GRID, alpha=0.5, linewidth=0)
+    axes.annotate("generated", (decoded, 1), xycoords=("data", "axes fraction"), xytext=(-4, -14),
+                  textcoords="offset points", ha="right", color=_SOFT, fontsize=9)  # fmt: skip
+    axes.set(xlim=(0, last), ylim=(0, None), xlabel="tokens read and generated", ylabel="KV cache in memory, MiB")
+    axes.grid(axis="y", color=_GRID)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0, colors=_SOFT)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(_INK)
+    figure.subplots_adjust(left=0.08, right=0.8, top=0.96, bottom=0.13)
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def readme_block(results: dict[str, Any], picture: str) -> str:
+    """Markdown between the markers: what was done, the table, the picture."""
+    task, environment = results["task"], results["environment"]
+    lines = [
+        f"`make demo` on {environment['threads']} CPU threads: {results['model']} reads {task['context']:,} tokens of "
+        f"an encyclopedia with one fact hidden in them, predicts the next {task['continuation']:,}, is asked for the "
+        f"fact, and goes on for {task['generate']} tokens. All numbers come out of that one run.",
+        "",
+        "| " + " | ".join(_COLUMNS) + " |",
+        "|" + "|".join("---" if name in _LEFT else "--:" for name in _COLUMNS) + "|",
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(results)),
+        "",
+        f"![KV cache in memory against tokens read and generated]({picture})",
+    ]
+    return "\n".join(lines)
+
+
+def rewrite_readme(readme: Path, block: str) -> None:
+    """Replace what stands between the markers. Raises ValueError where a marker is missing."""
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{readme} needs the lines {BEGIN} and {END}, once each and in this order")
+    head, rest = text.split(BEGIN)
+    readme.write_text(f"{head}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def _shortened(answer: str, length: int = 12) -> str:
+    return answer if len(answer) <= length else answer[: length - 1] + "…"
+
+
+def _change(value: float, dense: float) -> str:
+    return "" if value == dense else f" ({100 * (value / dense - 1):+.1f} %)"

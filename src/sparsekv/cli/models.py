@@ -1,0 +1,110 @@
+"""Loading for commands: a model by name, folder or hub id, quietly; an adapter or a policy on it; a text as tokens."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTERS = "adapters"
+"""The repository's folder of trained adapters."""
+
+
+def quiet() -> None:
+    """Keep Transformers' own notes and bars off the terminal; its errors still raise."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("torch", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def open_model(name: str, *, dtype: str = "auto") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A causal language model in eval mode, on the GPU if there is one, and its tokenizer.
+
+    dtype: a torch name such as "bfloat16"; "auto" is float32 on the CPU and the model's own type on a GPU.
+
+    Raises ValueError where there is no such model.
+    """
+    quiet()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sparsekv.modeling.embedded import resolve_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "auto" if device == "cuda" else "float32"
+    elif not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
+    folder = resolve_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(" .:")
+        raise ValueError(
+            f"cannot load {name}: it is neither smollm2-135m, nor a folder with a model, nor one that the hub gives "
+            f"({reason})"
+        ) from None
+    return model.to(device).eval(), tokenizer
+
+
+def attach_from_options(
+    model: "PreTrainedModel",
+    *,
+    adapter: str | None,
+    cr: float | None,
+    policy: str | None,
+    budget: int | None = None,
+    window: int | None = None,
+) -> None:
+    """Attach what a command's options ask for; with none of them, the dense policy.
+
+    Raises ValueError where they do not fit each other or the model.
+    """
+    from sparsekv.modeling.attach import attach
+
+    if adapter is None and cr is not None:
+        raise ValueError("--cr picks a ratio of a trained adapter: pass --adapter too, or --policy with --budget")
+    if adapter is None and policy is None:
+        policy = "dense"
+    given = {"budget": budget, "window": window}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    attach(model, policy=policy, adapter=adapter, cr=cr, **options)
+
+
+def find_adapter(model_name: str) -> str:
+    """The repository's adapter for an embedded model: `adapters/<name>` here or in the source checkout.
+
+    Raises ValueError where there is none.
+    """
+    for root in (Path.cwd(), Path(__file__).parents[3]):
+        folder = root / ADAPTERS / model_name
+        if folder.is_dir():
+            return str(folder)
+    raise ValueError(
+        f"there is no {ADAPTERS}/{model_name} here; run this in a clone of the sparsekv repository, "
+        "or pass --adapter with a folder that `sparsekv retrofit` has written"
+    )
+
+
+def tokens_of(tokenizer: "PreTrainedTokenizerBase", text: str, *, special: bool = True) -> "Tensor":
+    """int64 [1, tokens]. Raises ValueError for a text without tokens."""
+    import torch
+
+    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    if not ids:
+        raise ValueError("the text is empty: it has no tokens")
+    return torch.tensor([ids])
+
+
+def check_length(tokens: int, limit: int) -> None:
+    """Raises ValueError where a text is longer than the model's context."""
+    if tokens > limit:
+        raise ValueError(f"the text has {tokens} tokens and the model's context is {limit}; shorten the text")

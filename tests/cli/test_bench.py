@@ -1,0 +1,66 @@
+"""bench: both sides run the same weights, and what is compared is held at the ratio asked."""
+
+import json
+
+import pytest
+import torch
+
+import sparsekv
+from helpers import tiny_model, tokens
+from sparsekv.bench.plain import WINDOW, RandomMarks, pair
+from sparsekv.modeling.cache import SparseCache
+
+
+def test_random_marks_hold_the_ratio_and_heads_differ():
+    model = tiny_model("Llama", max_position_embeddings=2048, num_hidden_layers=8)
+    sparsekv.attach(model, policy=RandomMarks(layers=8, kv_heads=2, tokens=1000, ratio=4))
+    cache = SparseCache(model)
+    model(tokens(1, 1000), past_key_values=cache)
+    stats = cache.stats()
+    assert stats.compression_ratio == pytest.approx(4, rel=0.25)
+    flat = [held for layer in stats.held for held in layer]
+    assert max(flat) > 2 * min(flat) > 2 * WINDOW
+
+
+@pytest.mark.parametrize("ratio", [0.5, 20])
+def test_ratios_that_the_window_excludes(ratio):
+    with pytest.raises(ValueError, match="window of 64 allow 1 to 15"):
+        RandomMarks(layers=1, kv_heads=1, tokens=1000, ratio=ratio)
+
+
+def test_the_two_models_share_weights_and_only_one_is_attached():
+    model = tiny_model("Llama")
+    plain, ours = pair(model, ratio=1.5, adapter=None, tokens=200, seed=0)
+    theirs = dict(plain.named_parameters())
+    assert all(theirs[name] is parameter for name, parameter in ours.named_parameters())
+    assert ours is model
+    ids = tokens(1, 30)
+    with pytest.raises(ValueError, match="not attached"):
+        sparsekv.detach(plain)
+    torch.testing.assert_close(plain(ids).logits, ours(ids).logits)  # nothing has left the window yet
+
+
+@pytest.mark.parametrize("which", [["decode", "--context", 200, "--steps", 3], ["prefill", "--tokens", 200]])
+def test_json_has_both_sides(run, model_folder, which):
+    outcome = run("bench", *which, "--model", model_folder, "--cr", 2, "--json")
+    assert outcome.code == 0
+    record = json.loads(outcome.out)
+    assert record["bench"] == which[0]
+    assert record["speedup"] == pytest.approx(record["dense_ms"] / record["sparsekv_ms"])
+    assert record["marks"] == "random-marks"
+    assert record["hardware"]
+    if which[0] == "decode":
+        assert record["kv_bytes"] < record["dense_kv_bytes"]
+
+
+def test_an_adapter_can_be_timed(run, model_folder, adapter_folder):
+    words = ["--model", model_folder, "--adapter", adapter_folder, "--cr", 2, "--context", 100, "--steps", 2]
+    outcome = run("bench", "decode", *words)
+    assert outcome.code == 0
+    assert "times as fast" in outcome.out
+
+
+def test_a_context_that_the_model_does_not_have(run, model_folder):
+    outcome = run("bench", "decode", "--model", model_folder, "--context", 250, "--steps", 40)
+    assert outcome.code == 2
+    assert "context is 256" in outcome.err
