@@ -69,13 +69,14 @@ def bench_plain_decode(
     dense, sparse = DynamicCache(config=plain.config), SparseCache(ours)
     plain(ids, past_key_values=dense, logits_to_keep=1)
     ours(ids, past_key_values=sparse, logits_to_keep=1)
-    held = sparse.stats()
     token = ids[:, -1:]
     times = _interleaved(
         [lambda: plain(token, past_key_values=dense), lambda: ours(token, past_key_values=sparse)],
         ids.device,
         repeats=steps,
     )
+    held = sparse.stats()
+    dense_bytes = sum(getattr(layer, name).nbytes for layer in dense.layers for name in ("keys", "values"))
     return {
         "bench": "decode",
         "context": context,
@@ -83,9 +84,7 @@ def bench_plain_decode(
         "ratio_held": held.compression_ratio,
         "marks": adapter or RandomMarks.name,
         **_compared(times),
-        "dense_kv_bytes": sum(
-            x.numel() * x.element_size() for layer in dense.layers for x in (layer.keys, layer.values)
-        ),
+        "dense_kv_bytes": dense_bytes,
         "kv_bytes": held.bytes,
         "steps": steps,
         "seed": seed,

@@ -5,10 +5,13 @@ run. Weights are random; marks are drawn at the ratio asked; lengths are log-nor
 """
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsekv.bench.fill import fill, pages_for, spread_lengths
@@ -17,9 +20,11 @@ from sparsekv.bench.timing import copy_bandwidth, environment, median_ms
 from sparsekv.cache.pages import PagePool
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.engine.cache import EngineCache
-from sparsekv.engine.graphs import DecodeGraphs
-from sparsekv.modeling.attach import attach, attachment_of, detach, heads
+from sparsekv.engine.graphs import DecodeGraphs, compiled_decode
+from sparsekv.modeling.attach import attach, heads
+from sparsekv.modeling.modes import dense
 
+PAGE_SIZE = 32
 SLACK_STEPS = 256
 """Decode steps that a filled cache has room for: warm-up and repeats append tokens too."""
 
@@ -30,17 +35,7 @@ def random_model(shape: Shape, *, context: int, device: torch.device, dtype: tor
         return AutoModelForCausalLM.from_config(shape.config(context), dtype=dtype).eval().requires_grad_(False)
 
 
-def mark_at(model: PreTrainedModel, ratio: float) -> None:
-    """Set the eviction heads so that a share 1 - 1 / ratio of tokens is marked, by chance: the logit of
-    a normalised input under a unit weight is a standard normal number."""
-    share = 1 - 1 / ratio
-    bias = NormalDist().inv_cdf(min(max(share, 1e-9), 1 - 1e-9))
-    for head in heads(model):
-        torch.nn.init.normal_(head.weight, std=head.weight.shape[1] ** -0.5)
-        torch.nn.init.constant_(head.bias, bias)
-
-
-def weight_bytes(model: PreTrainedModel) -> tuple[int, int]:
+def weight_bytes(model: Any) -> tuple[int, int]:
     """Bytes of all weights, and of those that a decode step reads: an untied embedding gives only a row per token."""
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     embedding = model.get_input_embeddings().weight
@@ -48,98 +43,107 @@ def weight_bytes(model: PreTrainedModel) -> tuple[int, int]:
     return total, total if tied else total - embedding.numel() * embedding.element_size()
 
 
-class FilledEngine:
-    """An attached model over a cache that holds `batch` sequences of `context` tokens at `ratio`, ready to step."""
+class StepBench:
+    """One model, compiled once, stepped over caches of any size and ratio."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        shape: Shape,
-        *,
-        batch: int,
-        context: int,
-        ratio: float,
-        window: int,
-        seed: int = 0,
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        parameter = next(model.parameters())
-        self.device, self.batch, self.context = parameter.device, batch, context
+    def __init__(self, shape: Shape, *, window: int, context: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.shape, self.window, self.device, self.dtype = shape, window, device, dtype
+        self.model = random_model(shape, context=context + SLACK_STEPS, device=device, dtype=dtype)
+        self.weights = weight_bytes(self.model)
+        self.attachment = attach(self.model, policy="dms", window=window)
+        self.copy = copy_bandwidth(device)
+        self.cache = EngineCache(self.attachment, self._empty(1, 1, pages=1))
+        self.forward = compiled_decode(self.model, self.cache)
+
+    def run(self, *, batch: int, context: int, ratio: float, seed: int = 0, kernels: int = 0) -> dict[str, Any]:
+        """Median milliseconds of a step of `batch` sequences that have seen `context` tokens and hold context / ratio.
+
+        ratio 1 is dense attention: no marks, no rings. kernels: how many of the longest-running kernels to list.
+        """
         if ratio > 1:
-            attach(model, policy="dms", window=window)
-            mark_at(model, ratio)
-        else:
-            attach(model, policy="dense")
-        self.model = model
-        mean = context / ratio
+            return self._run(batch, context, ratio, seed, kernels)
+        with dense(self.model):
+            return self._run(batch, context, ratio, seed, kernels)
+
+    @torch.no_grad()
+    def _run(self, batch: int, context: int, ratio: float, seed: int, kernels: int) -> dict[str, Any]:
+        live, used = self._fill(batch, context, ratio, seed)
+        graphs = DecodeGraphs(self.forward, self.cache, sizes=[batch])
+        ids = torch.randint(0, self.shape.vocabulary, (batch,), device=self.device)
+        rows = torch.arange(batch, device=self.device)
+        positions = torch.full((batch,), context, device=self.device)
+
+        def step() -> Tensor:
+            return graphs.run(ids, rows, positions)
+
+        ms = median_ms(step, self.device, repeats=30)
+        result = self._report(batch, context, ratio, ms=ms, live=live, used=used) | {"seed": seed}
+        if kernels:
+            result["kernels"] = kernel_times(step, most=kernels)
+        return result
+
+    def _report(self, batch: int, context: int, ratio: float, *, ms: float, live: int, used: int) -> dict[str, Any]:
+        total, read = self.weights
+        everything = total + batch * context * self.shape.kv_bytes(self.dtype.itemsize)
+        return {
+            "bench": "step",
+            "shape": self.shape.name,
+            "batch": batch,
+            "context": context,
+            "ratio": ratio,
+            "window": self.window,
+            "ms": ms,
+            "roofline_ms": 1e3 * (total + live) / self.copy,
+            "over_roofline": ms * self.copy / 1e3 / (total + live),
+            "roofline_without_embedding_ms": 1e3 * (read + live) / self.copy,
+            "dense_roofline_ms": 1e3 * everything / self.copy,
+            "copy_bytes_per_s": self.copy,
+            "live_kv_bytes": live,
+            "used_over_live_kv_bytes": used / live,
+            **environment(self.device),
+        }
+
+    def _fill(self, batch: int, context: int, ratio: float, seed: int) -> tuple[int, int]:
+        """Replace the cache's rows; returns the bytes of live keys and values, and of the pages and rings they take."""
+        shape, generator = self.shape, torch.Generator().manual_seed(seed)
+        count, mean = batch * shape.kv_heads, context / ratio
         longest = math.ceil(min(context, 8 * mean))
-        count = batch * shape.kv_heads
+        draws = [spread_lengths(count, mean, longest, generator, least=self.window) for _ in range(shape.layers)]
+        lengths = torch.stack(draws).view(shape.layers, batch, shape.kv_heads)
+        pages = pages_for(lengths, PAGE_SIZE)
+        self.cache.ragged = self._empty(1, 1, pages=1)  # free the last pool before the next is taken
+        slack = math.ceil(SLACK_STEPS / PAGE_SIZE) * lengths.numel()
+        ragged = self._empty(batch, longest + SLACK_STEPS, pages=pages + slack)
+        fill(ragged, lengths, generator, seen=context, marked=1 - 1 / ratio)
+        self._mark_at(ratio)
+        self.cache.ragged = ragged
+        rings = sum(ring.numel() * ring.element_size() for ring in ragged.rings)
+        live = 2 * int(lengths.sum()) * shape.head_dim * self.dtype.itemsize
+        return live, pages * ragged.pool.page_bytes + rings
+
+    def _empty(self, rows: int, tokens: int, *, pages: int) -> RaggedCache:
+        shape = self.shape
+        pool = PagePool(pages, page_size=PAGE_SIZE, head_dim=shape.head_dim, dtype=self.dtype, device=self.device)
+        windows = [site.policy.window(site.layer) for site in self.attachment.sites]
+        return RaggedCache(pool, windows, kv_heads=shape.kv_heads, rows=rows, max_tokens=tokens)
+
+    def _mark_at(self, ratio: float) -> None:
+        """Mark a share 1 - 1 / ratio of tokens by chance: a normalised input under a unit weight is a normal number."""
         if ratio > 1:
-            lengths = torch.stack(
-                [spread_lengths(count, mean, longest, generator, least=window) for _ in range(shape.layers)]
-            )
-        else:
-            lengths = torch.full((shape.layers, count), context)
-        lengths = lengths.view(shape.layers, batch, shape.kv_heads)
-        spare = math.ceil(SLACK_STEPS / 32) * lengths.numel()
-        pool = PagePool(
-            pages_for(lengths, 32) + spare,
-            page_size=32,
-            head_dim=shape.head_dim,
-            dtype=parameter.dtype,
-            device=self.device,
-        )
-        windows = [site.policy.window(site.layer) for site in attachment_of(model).sites]
-        self.ragged = RaggedCache(pool, windows, kv_heads=shape.kv_heads, rows=batch, max_tokens=longest + SLACK_STEPS)
-        fill(self.ragged, lengths, generator, seen=context, marked=1 - 1 / ratio)
-        self.cache = EngineCache(attachment_of(model), self.ragged)
-        self.live_bytes = 2 * int(lengths.sum()) * shape.head_dim * parameter.element_size()
-        self.used_bytes = pool.pages_in_use * pool.page_bytes + self._ring_bytes()
-
-    def _ring_bytes(self) -> int:
-        return sum(ring.numel() * ring.element_size() for ring in self.ragged.rings)
-
-    def graphs(self) -> DecodeGraphs:
-        """Compile and record the step."""
-        return DecodeGraphs(self.model, self.cache, sizes=[self.batch], device=self.device)
-
-    def close(self) -> None:
-        """Detach the model."""
-        detach(self.model)
+            for head in heads(self.model):
+                torch.nn.init.normal_(head.weight, std=head.weight.shape[1] ** -0.5)
+                torch.nn.init.constant_(head.bias, NormalDist().inv_cdf(1 - 1 / ratio))
 
 
-def bench_step(
-    model: PreTrainedModel, shape: Shape, *, batch: int, context: int, ratio: float, window: int, seed: int = 0
-) -> dict[str, Any]:
-    """One decode step of `batch` sequences, in milliseconds, beside its roofline and the dense roofline."""
-    filled = FilledEngine(model, shape, batch=batch, context=context, ratio=ratio, window=window, seed=seed)
-    device = filled.device
-    try:
-        graphs = filled.graphs()
-        ids = torch.randint(0, shape.vocabulary, (batch,), device=device)
-        rows = torch.arange(batch, device=device)
-        positions = torch.full((batch,), context, device=device)
-        ms = median_ms(lambda: graphs.run(ids, rows, positions), device, repeats=30)
-    finally:
-        filled.close()
-    copy = copy_bandwidth(device)
-    total, read = weight_bytes(model)
-    dense_bytes = batch * context * shape.kv_bytes(next(model.parameters()).element_size())
-    return {
-        "bench": "step",
-        "shape": shape.name,
-        "batch": batch,
-        "context": context,
-        "ratio": ratio,
-        "window": window,
-        "ms": ms,
-        "roofline_ms": 1e3 * (total + filled.live_bytes) / copy,
-        "roofline_read_weights_ms": 1e3 * (read + filled.live_bytes) / copy,
-        "dense_roofline_ms": 1e3 * (total + dense_bytes) / copy,
-        "of_roofline": ms * copy / 1e3 / (total + filled.live_bytes),
-        "copy_bytes_per_s": copy,
-        "live_bytes": filled.live_bytes,
-        "used_bytes_over_live": filled.used_bytes / filled.live_bytes,
-        "seed": seed,
-        **environment(device),
-    }
+def kernel_times(step: Callable[[], Any], *, most: int, steps: int = 5) -> list[dict[str, Any]]:
+    """The kernels that take most of a step: name, launches and milliseconds per step."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    rows = [
+        {"kernel": e.key[:90], "launches": e.count / steps, "ms": e.self_device_time_total / 1e3 / steps}
+        for e in profiler.key_averages()
+        if e.self_device_time_total
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])[:most]

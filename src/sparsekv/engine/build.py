@@ -12,7 +12,7 @@ from sparsekv.cache.ragged import RaggedCache
 from sparsekv.engine.cache import EngineCache
 from sparsekv.engine.config import EngineConfig
 from sparsekv.engine.engine import Engine
-from sparsekv.engine.graphs import DecodeGraphs, why_not_graphable
+from sparsekv.engine.graphs import DecodeGraphs, buckets_up_to, compiled_decode, why_not_graphable
 from sparsekv.engine.ledger import Ledger
 from sparsekv.engine.runner import Runner
 from sparsekv.engine.scheduler import Scheduler
@@ -128,4 +128,4 @@ def _graphs(model: PreTrainedModel, cache: EngineCache, config: EngineConfig) ->
         log.warning("decode steps run without CUDA graphs: %s", reason)
         return None
     with torch.no_grad():
-        return DecodeGraphs(model, cache, rows=cache.ragged.rows, device=model.device)
+        return DecodeGraphs(compiled_decode(model, cache), cache, sizes=buckets_up_to(cache.ragged.rows))

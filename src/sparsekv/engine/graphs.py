@@ -42,21 +42,22 @@ def why_not_graphable(cache: EngineCache) -> str | None:
 
 
 class DecodeGraphs:
-    """Records on construction. device: a CUDA device; rows: the largest batch."""
+    """Records on construction. forward: see compiled_decode; sizes: batches to record, such as buckets_up_to(rows)."""
 
-    def __init__(self, model: Any, cache: EngineCache, *, rows: int, device: torch.device) -> None:
+    def __init__(self, forward: Forward, cache: EngineCache, *, sizes: list[int]) -> None:
+        rows, device = max(sizes), cache.ragged.lengths.device
         self.cache = cache
         self.ids = torch.zeros(1, rows, dtype=torch.int64, device=device)
         self.positions = torch.zeros(1, rows, dtype=torch.int64, device=device)
         self.rows = torch.full((rows,), -1, dtype=torch.int64, device=device)
         self.seen = torch.zeros(rows, dtype=torch.int32, device=device)
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self._forward = compiled_decode(model, cache)
+        self._forward = forward
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
-        for size in reversed(buckets_up_to(rows)):
+        self._sizes = sorted(sizes)
+        for size in reversed(self._sizes):
             self._graphs[size] = self._record(size, pool)
-        self._sizes = sorted(self._graphs)
         log.info("recorded decode graphs for batches of %s", self._sizes)
 
     def run(self, ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor:

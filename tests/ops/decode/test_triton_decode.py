@@ -164,7 +164,7 @@ def test_any_cut_of_any_lengths(lengths, programs, least, block, group):
 
 
 def test_more_heads_than_are_read_at_once(monkeypatch):
-    monkeypatch.setattr(triton, "LANES", 4)
+    monkeypatch.setattr(triton, "MOST_LANES", 4)
     layer = paged(LENGTHS)
     check(layer, torch.tensor([3, 1, -1, 0, 2], device=DEVICE), queries(layer, 2, 5), scale=0.5, config=SMALL)
 

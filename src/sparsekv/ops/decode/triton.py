@@ -24,7 +24,7 @@ from sparsekv.ops.layout import LayerPages, interpreting
 
 UNIT = tl.constexpr(16)
 """Slots a unit of work."""
-LANES = 1024
+MOST_LANES = 1024
 """Heads whose lengths are read at once."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -47,11 +47,11 @@ class DecodeConfig:
 
 CONFIGS = {
     128: DecodeConfig(block=128),
-    256: DecodeConfig(block=64),
+    256: DecodeConfig(block=32, programs=2, least=256),
     512: DecodeConfig(block=32, programs=2),
     1024: DecodeConfig(block=16, programs=2),
 }
-"""By the bytes of one key, padded to a power of two: 16 KiB of keys a tile."""
+"""By the bytes of one key, padded to a power of two. That of 256 bytes was tuned on an H100."""
 
 
 def config_of(dim: int, dtype: torch.dtype) -> DecodeConfig:
@@ -102,7 +102,8 @@ def decode(
     step = max(1, min(32, 4096 // (merge_rows * shape["DP"])))
     _decode[(programs,)](
         q, layer.kv, pages, lengths, rows, out, lse, scratch, tickets, scale, heads, columns, config.least,
-        **shape, MP=merge_rows, STEP=step, LANES=LANES,
+        **shape, MP=merge_rows, STEP=step,
+        LANES=min(max(triton.next_power_of_2(heads), 16), MOST_LANES), ONCE=heads <= MOST_LANES,
         num_warps=config.warps, num_stages=config.stages, maxnreg=_registers(config),
     )  # fmt: skip
     if weights is not None and longest:
@@ -229,14 +230,19 @@ def _finish(out, lse, head, acc, total, top, G: tl.constexpr, GP: tl.constexpr, 
 def _decode(
     q, kv, pages, lengths, rows, out, lse, scratch, tickets, scale, heads, columns, least,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr,
-    DOT: tl.constexpr, BLOCK: tl.constexpr, MP: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
+    DOT: tl.constexpr, BLOCK: tl.constexpr, MP: tl.constexpr, STEP: tl.constexpr,
+    LANES: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     lane = tl.arange(0, LANES)
 
     total_units = 0
-    for base in range(0, heads, LANES):
-        total_units += tl.sum(_units(lengths, rows, base + lane, H, heads))
+    units = _units(lengths, rows, lane, H, heads)
+    if ONCE:
+        total_units += tl.sum(units)
+    else:
+        for base in range(0, heads, LANES):
+            total_units += tl.sum(_units(lengths, rows, base + lane, H, heads))
     share = tl.maximum(tl.cdiv(total_units, programs), least // UNIT)
     begin = program * share
     end = tl.minimum(begin + share, total_units)
@@ -245,12 +251,17 @@ def _decode(
 
     # The head in which `begin` lies, and that head's first unit.
     head, start, seen = 0, 0, 0
-    for base in range(0, heads, LANES):
-        units = _units(lengths, rows, base + lane, H, heads)
-        before = seen + tl.cumsum(units, 0) <= begin
-        head += tl.sum(before.to(tl.int32))
+    if ONCE:
+        before = tl.cumsum(units, 0) <= begin
+        head += tl.sum((before & (lane < heads)).to(tl.int32))
         start += tl.sum(tl.where(before, units, 0))
-        seen += tl.sum(units)
+    else:
+        for base in range(0, heads, LANES):
+            units = _units(lengths, rows, base + lane, H, heads)
+            before = seen + tl.cumsum(units, 0) <= begin
+            head += tl.sum(before.to(tl.int32))
+            start += tl.sum(tl.where(before, units, 0))
+            seen += tl.sum(units)
 
     g, d = tl.arange(0, GP), tl.arange(0, DP)[None, :]
     lse_at = 2 * programs * G * D
