@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.engine.cache import EngineCache, Part
+from sparsekv.engine.merge import inductor_with_merged_projections, lay_end_to_end
 from sparsekv.ops.layout import Batch
 from sparsekv.policies import Policy
 
@@ -92,8 +93,9 @@ class DecodeGraphs:
         return Part(batch=batch, seen=self.seen[:size], tokens=size)
 
 
-def compiled_decode(model: Any, cache: EngineCache, *, backend: Any = "inductor") -> Forward:
+def compiled_decode(model: Any, cache: EngineCache, *, backend: Any = inductor_with_merged_projections) -> Forward:
     """The model's forward, compiled whole. One compilation serves all buckets above 1: their size is dynamic."""
+    lay_end_to_end(model)
 
     def forward(ids: Tensor, positions: Tensor) -> Tensor:
         return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]

@@ -99,7 +99,7 @@ def decode(
     }
     scale *= LOG2_E.value
     merge_rows = triton.next_power_of_2(group)
-    step = max(1, min(32, 4096 // (merge_rows * shape["DP"])))
+    step = max(1, min(32, 8192 // (merge_rows * shape["DP"])))
     _decode[(programs,)](
         q, layer.kv, pages, lengths, rows, out, lse, scratch, tickets, scale, heads, columns, config.least,
         **shape, MP=merge_rows, STEP=step,
