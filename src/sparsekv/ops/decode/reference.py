@@ -32,8 +32,8 @@ def decode(
                 continue
             k, v = gather_slots(layer, row, h, length)
             scores = grouped[b, h] @ k.to(work).T
-            lse[b, h] = scores.logsumexp(-1)
             weight = scores.softmax(-1)
+            lse[b, h] = scores.amax(-1) - weight.amax(-1).log()  # the largest weight is exp(largest score - lse)
             out[b, h] = weight @ v.to(work)
             if weights is not None:
                 weights[b, h, :, :length] = weight[:, :longest]

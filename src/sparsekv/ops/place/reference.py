@@ -42,10 +42,10 @@ def place_one(
         slots = None if slots is None else slots[real]
     seen = layer.seen[rows]
     length = layer.lengths[rows]
+    entry = (seen % max(layer.window, 1)).long()
     if slots is not None:
         slot = torch.where(slots >= 0, slots, length)
     elif layer.window:
-        entry = (seen % layer.window).long()
         oldest = layer.ring[rows, :, entry]
         reuse = (oldest & 1).bool() & (seen >= layer.window)[:, None]
         slot = torch.where(reuse, oldest >> 1, length)
@@ -56,7 +56,7 @@ def place_one(
     _write(layer, rows[:, None].expand_as(slot), _heads(slot), slot, k, v)
     if layer.window:
         mark = torch.zeros_like(slot) if marks is None else marks.int()
-        layer.ring[rows, :, (seen % layer.window).long()] = slot << 1 | mark
+        layer.ring[rows, :, entry] = slot << 1 | mark
     layer.lengths[rows] = new_length
     layer.seen[rows] = seen + 1
 
@@ -143,8 +143,7 @@ def _write(layer: LayerPages, rows: Tensor, heads: Tensor, slot: Tensor, k: Tens
     """Write k, v [..., D] into slot [...] of (rows [...], heads [...])."""
     page = layer.pages[rows, heads, slot // layer.page_size].long()
     offset = (slot % layer.page_size).long()
-    layer.kv[page, 0, offset] = k.detach().to(layer.kv.dtype)
-    layer.kv[page, 1, offset] = v.detach().to(layer.kv.dtype)
+    layer.kv[page, :, offset] = torch.stack((k.detach(), v.detach()), dim=-2).to(layer.kv.dtype)
 
 
 def _heads(slot: Tensor) -> Tensor:
