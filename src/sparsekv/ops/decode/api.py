@@ -67,5 +67,5 @@ def decode(
             return Decoded(out=out, lse=lse if return_lse else None, weights=weights)
         if backend == "triton":
             raise ValueError(f"backend 'triton' {obstacle}; use 'reference'")
-    out, lse, weights = reference.decode(layer, rows, q, scale, return_weights, longest)
+    out, lse, weights = reference.decode(layer, rows, q, scale, return_weights, longest, return_lse)
     return Decoded(out=out, lse=lse if return_lse else None, weights=weights)

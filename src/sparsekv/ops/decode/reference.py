@@ -14,9 +14,15 @@ def gather_slots(layer: LayerPages, row: int, head: int, length: int) -> tuple[T
 
 
 def decode(
-    layer: LayerPages, rows: Tensor, q: Tensor, scale: float, with_weights: bool, longest: int | None = None
+    layer: LayerPages,
+    rows: Tensor,
+    q: Tensor,
+    scale: float,
+    with_weights: bool,
+    longest: int | None = None,
+    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See api.decode."""
+    """See api.decode. Without `with_lse` the log-sum-exp is left out of the work, and is -inf."""
     heads = layer.lengths.shape[1]
     group = q.shape[1] // heads
     work = torch.promote_types(q.dtype, torch.float32)
@@ -33,7 +39,8 @@ def decode(
             k, v = gather_slots(layer, row, h, length)
             scores = grouped[b, h] @ k.to(work).T
             weight = scores.softmax(-1)
-            lse[b, h] = scores.amax(-1) - weight.amax(-1).log()  # the largest weight is exp(largest score - lse)
+            if with_lse:
+                lse[b, h] = scores.amax(-1) - weight.amax(-1).log()  # the largest weight is exp(largest score - lse)
             out[b, h] = weight @ v.to(work)
             if weights is not None:
                 weights[b, h, :, :length] = weight[:, :longest]
