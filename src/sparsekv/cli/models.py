@@ -84,7 +84,7 @@ def find_adapter(model_name: str) -> str:
 
     Raises ValueError where there is none.
     """
-    for root in (Path.cwd(), Path(__file__).parents[3]):
+    for root in (Path(), Path(__file__).parents[3]):
         folder = root / ADAPTERS / model_name
         if folder.is_dir():
             return str(folder)
