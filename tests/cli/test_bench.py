@@ -7,8 +7,11 @@ import torch
 
 import sparsekv
 from helpers import tiny_model, tokens
+from sparsekv.bench.fill import spread_lengths
 from sparsekv.bench.plain import WINDOW, RandomMarks, pair
 from sparsekv.modeling.cache import SparseCache
+
+WINDOWED = {"prefill": ["--window", 16]}
 
 
 def test_random_marks_hold_the_ratio_and_heads_differ():
@@ -64,3 +67,61 @@ def test_a_context_that_the_model_does_not_have(run, model_folder):
     outcome = run("bench", "decode", "--model", model_folder, "--context", 250, "--steps", 40)
     assert outcome.code == 2
     assert "context is 256" in outcome.err
+
+
+@pytest.mark.parametrize("which", [["decode", "--context", 256, "--batch", 2], ["prefill", "--tokens", 128]])
+def test_a_shape_times_the_kernel_alone(run, which):
+    outcome = run("bench", *which, "--shape", "tiny", "--cr", 2, "--threads", 1, "--json", *WINDOWED.get(which[0], []))
+    assert outcome.code == 0, outcome.err
+    record = json.loads(outcome.out)
+    assert (record["bench"], record["shape"], record["ratio"]) == (which[0], "tiny", 2)
+    if which[0] == "decode":
+        assert record["of_copy"] == pytest.approx(record["bytes"] / record["us"] * 1e6 / record["copy_bytes_per_s"])
+        assert record["bytes"] == pytest.approx(
+            2 * 2 * 2 * 128 * 64 * 4, rel=0.01
+        )  # k, v; rows; heads; live; dim; fp32
+    else:
+        assert record["speedup"] == pytest.approx(record["sdpa_ms"] / record["ms"])
+        assert record["window"] == 16
+
+
+def test_lengths_at_ratio_one_are_the_context():
+    generator = torch.Generator().manual_seed(0)
+    assert spread_lengths(7, 100.0, 100, generator, least=16).tolist() == [100] * 7
+    spread = spread_lengths(1000, 50.0, 100, generator)
+    assert spread.float().mean() == pytest.approx(50, rel=0.02)
+    assert spread.min() < 25 < 75 < spread.max() <= 100
+
+
+@pytest.mark.parametrize(
+    "words", [["step"], ["step", "--shape", "tiny", "--cr", 1], ["serve", "--kv-memory", "1GiB"], ["suite", "x.jsonl"]]
+)
+def test_without_a_gpu_one_sentence(run, words, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    outcome = run("bench", *words)
+    assert outcome.code == 2
+    assert outcome.err.startswith("Error: this benchmark replays CUDA graphs")
+    assert outcome.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["decode", "--shape", "huge"], "unknown shape 'huge'; use one of qwen3-8b"),
+        (["prefill", "--shape", "huge"], "unknown shape 'huge'"),
+        (["step", "--shape", "huge"], "unknown shape 'huge'"),
+        (["serve", "--shape", "huge"], "unknown shape 'huge'"),
+        (["serve", "--kv-memory", "much"], "much"),
+        (["step", "--context", 256, "--cr", 8], "256 tokens with a window of 64 allow 1 to 4"),
+        (["decode", "--shape", "tiny", "--cr", 0.5], "the ratio is 0.5"),
+        (["decode", "--shape", "tiny", "--adapter", "x"], "exclude each other"),
+        (["decode", "--batch", 2], "--batch needs --shape"),
+        (["prefill", "--window", 16], "--window needs --shape"),
+    ],
+)
+def test_mistakes_with_shapes(run, words, sentence):
+    outcome = run("bench", *words)
+    assert outcome.code == 2
+    assert sentence in outcome.err

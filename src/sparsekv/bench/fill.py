@@ -13,7 +13,10 @@ SPREAD = 0.7
 
 
 def spread_lengths(heads: int, mean: float, longest: int, generator: torch.Generator, *, least: int = 1) -> Tensor:
-    """int64 [heads]: log-normal lengths whose mean is `mean`, each between least and longest."""
+    """int64 [heads]: log-normal lengths whose mean is `mean`, each between least and longest; all alike where the mean
+    is the longest."""
+    if mean >= longest:  # clipping cannot reach that mean
+        return torch.full((heads,), longest)
     lengths = torch.exp(SPREAD * torch.randn(heads, generator=generator, dtype=torch.float64))
     for _ in range(20):  # clipping moves the mean: scale again
         lengths = (lengths * (mean / lengths.mean())).clamp(least, longest)

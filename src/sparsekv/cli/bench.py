@@ -1,13 +1,15 @@
 """`sparsekv bench`: speed, both sides measured in the same process and printed side by side.
 
-decode and prefill time whole forwards against plain Transformers (bench/plain.py).
+decode and prefill time whole forwards against plain Transformers (bench/plain.py), or with --shape the attention
+kernels alone, at random (bench/kernels.py). step, serve and suite time an engine with random weights, on a GPU.
 """
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
 from sparsekv.cli.config import with_config
 from sparsekv.cli.models import check_length, open_model
@@ -22,6 +24,10 @@ _Adapter = Annotated[str | None, Option(help="Trained eviction heads; default: r
 _Threads = Annotated[int | None, Option(help="CPU threads; default: PyTorch's choice.", min=1)]
 _Seed = Annotated[int, Option(help="Seed of the text and of random marks.")]
 _Json = Annotated[bool, Option("--json", help="Print JSON.")]
+_KernelShape = Annotated[str | None, Option(help="Time the kernel alone at this shape (qwen3-8b), without a model.")]
+_Shape = Annotated[str, Option(help="qwen3-8b, llama-3.2-1b or tiny, with random weights.")]
+_Batch = Annotated[int, Option(help="Sequences.", min=1)]
+_Window = Annotated[int, Option(help="Tokens between a mark and the eviction.", min=1)]
 
 
 def decode(
@@ -33,8 +39,16 @@ def decode(
     threads: _Threads = None,
     seed: _Seed = 0,
     as_json: _Json = False,
+    shape: _KernelShape = None,
+    batch: _Batch = 1,
 ) -> None:
-    """Time per decoded token: DynamicCache with SDPA, and SparseCache."""
+    """Time per decoded token: DynamicCache with SDPA, and SparseCache. With --shape: one layer's decode attention."""
+    if shape is not None:
+        _refuse_adapter(adapter)
+        _kernel_decode(shape, batch=batch, context=context, cr=cr, threads=threads, seed=seed, as_json=as_json)
+        return
+    if batch != 1:
+        raise ValueError("--batch needs --shape; whole models are compared one sequence at a time")
     from sparsekv.bench.plain import bench_plain_decode
 
     loaded, ids = _prepare(model, context, reserve=steps + 1, threads=threads, seed=seed)
@@ -51,8 +65,16 @@ def prefill(
     threads: _Threads = None,
     seed: _Seed = 0,
     as_json: _Json = False,
+    shape: _KernelShape = None,
+    window: _Window = 64,
 ) -> None:
-    """Time to read a prompt into an empty cache: DynamicCache with SDPA, and SparseCache."""
+    """Time to read a prompt: DynamicCache with SDPA, and SparseCache. With --shape: one layer's prefill attention."""
+    if shape is not None:
+        _refuse_adapter(adapter)
+        _kernel_prefill(shape, tokens=tokens, window=window, cr=cr, threads=threads, seed=seed, as_json=as_json)
+        return
+    if window != 64:
+        raise ValueError("--window needs --shape; random marks over whole models have a window of 64")
     from sparsekv.bench.plain import bench_plain_prefill
 
     loaded, ids = _prepare(model, tokens, reserve=0, threads=threads, seed=seed)
@@ -60,8 +82,132 @@ def prefill(
     _show(result, f"to read {tokens} tokens, ratio {cr:g}", as_json)
 
 
-app.command("decode")(with_config(decode))
-app.command("prefill")(with_config(prefill))
+def step(
+    shape: _Shape = "qwen3-8b",
+    batch: _Batch = 8,
+    context: Annotated[int, Option(help="Tokens that each sequence has seen.", min=1)] = 32768,
+    cr: _Ratio = 8.0,
+    window: _Window = 64,
+    kernels: Annotated[int, Option(help="List so many of the longest kernels.", min=0)] = 0,
+    seed: _Seed = 0,
+    as_json: _Json = False,
+) -> None:
+    """A whole decode step of the engine beside its roofline; --cr 1 is dense."""
+    bench = _step_bench(shape, window=window, context=context, least=context, cr=cr)
+    result = bench.run(batch=batch, context=context, ratio=cr, seed=seed, kernels=kernels)
+    text = (
+        f"{result['ms']:.2f} ms a step, {result['over_roofline']:.2f} times its roofline of "
+        f"{result['roofline_ms']:.2f} ms; the dense roofline is {result['dense_roofline_ms']:.2f} ms"
+    )
+    listed = [f"{k['ms']:8.3f} ms {k['launches']:4.0f} x {k['kernel']}" for k in result.get("kernels", [])]
+    typer.echo(json.dumps(result) if as_json else "\n".join([text, *listed]))
+
+
+def serve(
+    shape: _Shape = "qwen3-8b",
+    kv_memory: Annotated[str, Option(help="Memory for keys and values.")] = "40GiB",
+    prompt_tokens: Annotated[int, Option(help="Tokens that each sequence reads.", min=1)] = 1024,
+    output_tokens: Annotated[int, Option(help="Tokens that each sequence writes.", min=1)] = 8192,
+    cr: _Ratio = 8.0,
+    window: _Window = 64,
+    seed: _Seed = 0,
+    as_json: _Json = False,
+) -> None:
+    """Generated tokens per second at the largest batch that fits the memory; --cr 1 is dense."""
+    from sparsekv.bench.serve import bench_serve
+    from sparsekv.cache.pages import parse_bytes
+
+    memory = parse_bytes(kv_memory)
+    bench = _step_bench(shape, window=window, context=prompt_tokens + output_tokens, least=prompt_tokens, cr=cr)
+    result = bench_serve(bench, memory=memory, prompt=prompt_tokens, output=output_tokens, ratio=cr, seed=seed)
+    text = f"{result['tokens_per_s']:.0f} tokens per second in steps of {result['batch']} sequences"
+    typer.echo(json.dumps(result) if as_json else text)
+
+
+def suite(
+    out: Annotated[Path, Argument(help="JSON lines, one a figure.")],
+    commit: Annotated[str | None, Option(help="Written to each line; default: what git says.")] = None,
+) -> None:
+    """Every figure of docs/performance.md, in one run."""
+    _check_gpu()
+    from sparsekv.bench.suite import main
+
+    raise typer.Exit(main([str(out), *([commit] if commit else [])]))
+
+
+for _command in (decode, prefill, step, serve, suite):
+    app.command(_command.__name__)(with_config(_command))
+
+
+def _kernel_decode(
+    shape: str, *, batch: int, context: int, cr: float, threads: int | None, seed: int, as_json: bool
+) -> None:
+    from sparsekv.bench.kernels import bench_decode
+    from sparsekv.bench.shapes import shape_of
+
+    _check_ratio(cr, tokens=context, window=1)
+    where = _kernel_device(threads)
+    result = bench_decode(shape_of(shape), batch=batch, context=context, ratio=cr, seed=seed, **where)
+    text = f"{result['us']:.1f} us a layer, {result['of_copy']:.1%} of copy bandwidth"
+    typer.echo(json.dumps(result) if as_json else text)
+
+
+def _kernel_prefill(
+    shape: str, *, tokens: int, window: int, cr: float, threads: int | None, seed: int, as_json: bool
+) -> None:
+    from sparsekv.bench.kernels import bench_prefill
+    from sparsekv.bench.shapes import shape_of
+
+    _check_ratio(cr, tokens=tokens, window=window)
+    where = _kernel_device(threads)
+    result = bench_prefill(shape_of(shape), tokens=tokens, ratio=cr, window=window, seed=seed, **where)
+    text = f"{result['ms']:.3f} ms a layer, {result['sdpa_ms']:.3f} ms with causal SDPA"
+    typer.echo(json.dumps(result) if as_json else f"{text} ({result['speedup']:.2f} times as fast)")
+
+
+def _kernel_device(threads: int | None) -> dict[str, Any]:
+    """The GPU in bfloat16 where there is one, else the CPU in float32."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    gpu = torch.cuda.is_available()
+    return {"device": torch.device("cuda" if gpu else "cpu"), "dtype": torch.bfloat16 if gpu else torch.float32}
+
+
+def _step_bench(name: str, *, window: int, context: int, least: int, cr: float) -> Any:
+    """The engine's model at that shape; contexts of `least` tokens and more must be able to hold the ratio."""
+    from sparsekv.bench.shapes import shape_of
+
+    shape = shape_of(name)
+    _check_ratio(cr, tokens=least, window=window)
+    _check_gpu()
+    import torch
+
+    from sparsekv.bench.step import StepBench
+
+    return StepBench(shape, window=window, context=context, device=torch.device("cuda"), dtype=torch.bfloat16)
+
+
+def _check_ratio(cr: float, *, tokens: int, window: int) -> None:
+    if not (cr == 1 or 1 < cr <= tokens / window):
+        raise ValueError(
+            f"the ratio is {cr:g}; {tokens} tokens with a window of {window} allow 1 to {max(tokens / window, 1):.4g}"
+        )
+
+
+def _check_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "this benchmark replays CUDA graphs and PyTorch sees no CUDA GPU; run it on a machine with one"
+        )
+
+
+def _refuse_adapter(adapter: str | None) -> None:
+    if adapter is not None:
+        raise ValueError("--adapter and --shape exclude each other; a shape has no model that the adapter would fit")
 
 
 def _prepare(model: str, tokens: int, *, reserve: int, threads: int | None, seed: int) -> tuple[Any, Any]:
