@@ -1,48 +1,107 @@
-"""The tables of docs/performance.md from a results file:
-python -m sparsekv.bench.report benchmarks/results/h100.jsonl docs/performance.md
+"""The tables of docs/performance.md, and the short ones of the README, from a results file:
+python -m sparsekv.bench.report benchmarks/results/h100.jsonl docs/performance.md README.md
 
-Only the block between the markers is rewritten.
+Only the blocks between the markers are rewritten.
 """
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sparsekv.bench.targets import VLLM, Row, against_targets, find, size
+
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+GROUPS = {
+    "matrix products of the weights": ("nvjet", "void cublasLt::splitKreduce"),
+    "decode attention": ("_decode",),
+    "placement": ("_place_one",),
+    "norms, RoPE, activation and marks, fused": ("triton_",),
+}
+"""Group -> what its kernels' names begin with."""
 
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 and one sentence for a user's mistake."""
-    if len(arguments) != 2:
-        print("usage: python -m sparsekv.bench.report RESULTS.jsonl PAGE.md", file=sys.stderr)
+    if len(arguments) != 3:
+        print("usage: python -m sparsekv.bench.report RESULTS.jsonl PAGE.md README.md", file=sys.stderr)
         return 2
-    results, page = (Path(argument) for argument in arguments)
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        print(f"Error: {page} needs {BEGIN} and {END}, once each", file=sys.stderr)
+    results, page, readme = (Path(argument) for argument in arguments)
+    try:
+        rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+        texts = {page: replaced(page, full(rows)), readme: replaced(readme, brief(rows))}
+    except ValueError as error:
+        print(f"Error: {error}", file=sys.stderr)
         return 2
-    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{tables(rows)}\n{END}{after}", encoding="utf-8")
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 
-def tables(rows: list[dict[str, Any]]) -> str:
-    """Markdown of everything that `bench.suite` measures."""
+def replaced(path: Path, block: str) -> str:
+    """The file's text with another block between its markers. Raises ValueError unless it has one pair of them."""
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path} needs {BEGIN} and then {END}, once each")
+    return f"{text.split(BEGIN)[0]}{BEGIN}\n{block}\n{END}{text.split(END)[1]}"
+
+
+def brief(rows: list[Row]) -> str:
+    """Steps and throughput, for the README."""
+    targets = against_targets(rows)
+    many, few = (find(rows, "serve", ratio=ratio) for ratio in (8, 1))
+    head = (
+        "batch x context",
+        "ratio 8",
+        "its roofline",
+        "over it",
+        "dense, same engine",
+        "vLLM 0.26.0 BF16*",
+        "vLLM 0.26.0 FP8*",
+    )
+    lines = [row for row in _step_lines(rows) if row[0] == "qwen3-8b"]
+    parts = [
+        f"One decode step of the Qwen3-8B shape, random weights, {rows[0]['hardware']}, in ms (commit "
+        f"{rows[0]['commit']}):",
+        _table(head, [(*line[1:5], line[6], line[8], line[9]) for line in lines]),
+        "*Constants measured elsewhere on the same kind of GPU, not in this run. Ours end with the logits, and at "
+        "ratio 8 hold an eighth of the keys and values; vLLM holds all.",
+        f"With {many['memory'] >> 30} GiB for keys and values, from the times of four steps without prefill or "
+        f"scheduling: {many['tokens_per_s']:,.0f} tokens per second at ratio 8 (batch {many['batch']}), "
+        f"{few['tokens_per_s']:,.0f} dense (batch {few['batch']}), "
+        f"{many['tokens_per_s'] / few['tokens_per_s']:.1f} times as many. Of "
+        f"{len(targets)} targets {_verdicts(targets)}: [all of them](docs/performance.md).",
+    ]
+    return "\n\n".join(parts)
+
+
+def full(rows: list[Row]) -> str:
+    """Everything that `bench.suite` measures."""
     first = rows[0]
-    kinds = {kind: [r for r in rows if r["bench"] == kind] for kind in ("decode", "prefill", "step", "serve")}
+    kinds = {kind: [r for r in rows if r["bench"] == kind] for kind in ("decode", "prefill", "serve")}
+    steps = ("shape", "batch x context", "ratio 8", "roofline", "over it", "over bytes read", "dense here")
+    steps += ("dense roofline", "vLLM BF16", "vLLM FP8", "dense held")
+    targets = against_targets(rows)
     parts = [
         f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}, seed {first['seed']}; bf16, medians.",
-        "Decode kernel, one layer at the Qwen3-8B shape, a ratio of 8:",
+        f"## Targets\n\nOf {len(targets)}, {_verdicts(targets)}.",
+        _table(("what", "aimed at", "measured", ""), targets),
+        "## Decode kernel\n\nOne layer at the Qwen3-8B shape, a ratio of 8.",
         _table(
-            ("batch", "mean live tokens a head", "us", "share of copy bandwidth"),
+            ("batch x live tokens a head", "us", "us at copy speed", "share of copy bandwidth"),
             [
-                (r["batch"], f"{r['context'] / r['ratio']:.0f}", f"{r['us']:.1f}", f"{r['of_copy']:.1%}")
+                (
+                    size(r["batch"], int(r["context"] / r["ratio"])),
+                    f"{r['us']:.1f}",
+                    f"{r['us'] * r['of_copy']:.1f}",
+                    f"{r['of_copy']:.1%}",
+                )
                 for r in kinds["decode"]
             ],
         ),
-        "Prefill attention, one layer at the Qwen3-8B shape, beside causal SDPA (cuDNN):",
+        "## Prefill attention\n\nOne layer at the Qwen3-8B shape, beside causal SDPA (cuDNN) over repeated KV heads.",
         _table(
             ("tokens", "ratio", "ms", "cuDNN ms", "times as fast"),
             [
@@ -50,52 +109,87 @@ def tables(rows: list[dict[str, Any]]) -> str:
                 for r in kinds["prefill"]
             ],
         ),
-        "Whole decode step (roofline: all weights and the live keys and values at copy speed):",
+        "## Decode step\n\nMilliseconds. Roofline: all weights and the live keys and values at copy speed. Bytes read: "
+        "the same without an untied embedding, of which a step reads a row a token. vLLM 0.26.0: constants, not of "
+        "this run. Dense held: share of the context that the dense rows held.",
+        _table(steps, _step_lines(rows)),
+        "## Throughput\n\nA fixed memory for keys and values, the largest batch that fits.",
         _table(
-            ("shape", "batch x context", "ratio", "ms", "roofline ms", "over roofline", "KV bytes used / live"),
+            ("ratio", "memory", "batch", "ms of four steps", "tokens/s"),
             [
                 (
-                    r["shape"],
-                    f"{r['batch']} x {r['context']}",
                     f"{r['ratio']:g}",
-                    f"{r['ms']:.2f}",
-                    f"{r['roofline_ms']:.2f}",
-                    f"{r['over_roofline']:.2f}",
-                    f"{r['used_over_live_kv_bytes']:.3f}",
+                    f"{r['memory'] >> 30} GiB",
+                    r["batch"],
+                    ", ".join(f"{ms:.1f}" for ms in r["step_ms"]),
+                    f"{r['tokens_per_s']:,.0f}",
                 )
-                for r in kinds["step"]
+                for r in kinds["serve"]
             ],
         ),
-        "Generated tokens per second with a fixed memory for keys and values, the largest batch that fits:",
-        _table(
-            ("ratio", "memory GiB", "batch", "tokens/s"),
-            [(f"{r['ratio']:g}", r["memory"] >> 30, r["batch"], f"{r['tokens_per_s']:.0f}") for r in kinds["serve"]],
-        ),
-        "Plain Transformers with SDPA, the same decode step dense:",
+        "## Plain Transformers\n\nThe same decode step, dense, SDPA.",
         _table(
             ("cache", "batch x context", "ms"),
             [
-                (r["cache"], f"{r['batch']} x {r['context']}", f"{r['ms']:.0f}")
+                (r["cache"], size(r["batch"], r["context"]), f"{r['ms']:.0f}")
                 for r in rows
                 if r["bench"] == "transformers step"
             ],
         ),
-        *_profile(kinds["step"]),
+        *(part for r in rows if r.get("kernels") for part in _profile(r)),
     ]
     return "\n\n".join(parts)
 
 
-def _profile(steps: list[dict[str, Any]]) -> list[str]:
-    """Where a step's time goes, by kernel, for the first step that was profiled."""
-    profiled = next((r for r in steps if r.get("kernels")), None)
-    if profiled is None:
-        return []
-    rows = [(k["kernel"][:60], f"{k['launches']:.0f}", f"{k['ms']:.3f}") for k in profiled["kernels"]]
-    what = f"Kernels of the {profiled['batch']} x {profiled['context']} step at ratio {profiled['ratio']:g}:"
-    return [what, _table(("kernel", "launches", "ms"), rows)]
+def _verdicts(targets: list[tuple[str, str, str, str]]) -> str:
+    counts = Counter(target[-1] for target in targets)
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("met", "missed", "undecided") if counts[verdict])
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+def _step_lines(rows: list[Row]) -> list[tuple[str, ...]]:
+    """One line a size: ratio 8 beside dense in the same engine, the rooflines and vLLM."""
+    lines = []
+    steps = [r for r in rows if r["bench"] == "step"]
+    dense = {(r["shape"], r["batch"], r["context"]): r for r in steps if r["ratio"] == 1}
+    for r in (r for r in steps if r["ratio"] == 8):
+        key = (r["shape"], r["batch"], r["context"])
+        whole = (r["dense_roofline_ms"] - r["roofline_ms"]) / 1e3 * r["copy_bytes_per_s"] + r["live_kv_bytes"]
+        other = dense.get(key)
+        lines.append(
+            (
+                r["shape"],
+                size(r["batch"], r["context"]),
+                f"{r['ms']:.2f}",
+                f"{r['roofline_ms']:.2f}",
+                f"{r['over_roofline']:.2f}",
+                f"{r['ms'] / r['roofline_without_embedding_ms']:.2f}",
+                f"{other['ms']:.2f}" if other else "-",
+                f"{r['dense_roofline_ms']:.2f}",
+                *(f"{ms:.2f}" if ms else "-" for ms in VLLM.get(key, (None, None))),
+                f"{other['live_kv_bytes'] / whole:.1%}" if other else "-",
+            )
+        )
+    return lines
+
+
+def _profile(step: Row) -> Iterable[str]:
+    """Where a step's time goes, by group of kernels, beside the time that their bytes need."""
+    weights = step["roofline_without_embedding_ms"] / 1e3 * step["copy_bytes_per_s"] - step["live_kv_bytes"]
+    needed = {"matrix products of the weights": weights, "decode attention": step["live_kv_bytes"]}
+    lines, left = [], step["ms"]
+    for group, begins in GROUPS.items():
+        kernels = [k for k in step["kernels"] if k["kernel"].startswith(begins)]
+        ms = sum(k["ms"] for k in kernels)
+        left -= ms
+        floor = f"{1e3 * needed[group] / step['copy_bytes_per_s']:.2f}" if group in needed else "-"
+        launches = f"{sum(k['launches'] for k in kernels):.0f}"
+        lines.append((group, launches, f"{ms:.2f}", floor, f"{ms / step['ms']:.1%}"))
+    lines.append(("the rest: step less the sum (gaps, kernels not listed)", "-", f"{left:.2f}", "-", ""))
+    yield f"## Kernels of the {size(step['batch'], step['context'])} step at ratio {step['ratio']:g}"
+    yield _table(("kernels", "launches", "ms", "ms at copy speed", "of the step"), lines)
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 

@@ -1,0 +1,65 @@
+"""report: what the page says is what the results file holds, and nothing outside the markers changes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sparsekv.bench.report import BEGIN, END, main
+from sparsekv.bench.targets import against_targets, find
+
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/h100.jsonl"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def rows():
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+
+
+def pages(folder, text):
+    paths = [folder / "page.md", folder / "readme.md"]
+    for path in paths:
+        path.write_text(text)
+    return paths
+
+
+@pytest.mark.parametrize("name", ["docs/performance.md", "README.md"])
+def test_the_published_tables_are_those_of_the_results(tmp_path, name):
+    paths = [tmp_path / "page.md", tmp_path / "readme.md"]
+    for path, source in zip(paths, ("docs/performance.md", "README.md"), strict=True):
+        path.write_text((ROOT / source).read_text())
+    assert main([str(RESULTS), *map(str, paths)]) == 0
+    assert paths[name == "README.md"].read_text() == (ROOT / name).read_text()
+
+
+def test_only_the_block_changes(tmp_path):
+    paths = pages(tmp_path, f"before\n{BEGIN}\nSTALE\n{END}\nafter\n")
+    assert main([str(RESULTS), *map(str, paths)]) == 0
+    for path in paths:
+        text = path.read_text()
+        assert text.startswith(f"before\n{BEGIN}\n")
+        assert text.endswith(f"\n{END}\nafter\n")
+        assert "STALE" not in text
+
+
+@pytest.mark.parametrize("text", ["none", f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
+def test_a_page_without_markers_is_left_alone(tmp_path, capsys, text):
+    paths = pages(tmp_path, text)
+    assert main([str(RESULTS), *map(str, paths)]) == 2
+    assert "once each" in capsys.readouterr().err
+    assert [path.read_text() for path in paths] == [text, text]
+
+
+def test_verdicts_follow_the_measurement(rows):
+    name = "decode kernel, 1 x 4K live"
+    row = find(rows, "decode", batch=1, context=32768)
+    for us, verdict in ((25.0, "met"), (25.1, "missed")):
+        row["us"] = us
+        assert {line[0]: line[-1] for line in against_targets(rows)}[name] == verdict
+
+
+def test_a_figure_that_was_not_measured_is_named(rows):
+    rows.remove(find(rows, "decode", batch=1, context=32768))
+    with pytest.raises(ValueError, match="0 rows of decode at batch 1, context 32768"):
+        against_targets(rows)
