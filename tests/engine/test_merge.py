@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_model, tokens
 from sparsekv.engine.merge import lay_end_to_end, merge
 
-LINEAR = torch._C._nn.linear
+LINEAR = torch.nn.functional.linear
 PER_LAYER = {"Llama": (7, 4), "Qwen3": (7, 4), "Gemma3": (7, 4), "Phi3": (4, 4), "Qwen2": (7, 6)}
 """Products before and after; Phi-3 comes merged, and biases (q, k and v of Qwen2) keep theirs apart."""
 

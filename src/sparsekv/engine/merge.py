@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
+from torch.nn.functional import linear
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of projections that read the same input, as Transformers' decoders call them."""
@@ -23,9 +24,9 @@ def lay_end_to_end(model: nn.Module) -> None:
     for module in model.modules():
         for names in GROUPS:
             group = [getattr(module, name, None) for name in names]
-            if not all(type(linear) is nn.Linear and linear.bias is None for linear in group):
+            if not all(type(x) is nn.Linear and x.bias is None for x in group):
                 continue
-            weights = [linear.weight for linear in group if isinstance(linear, nn.Linear)]
+            weights = [x.weight for x in group if isinstance(x, nn.Linear)]
             whole = torch.cat([weight.detach() for weight in weights])
             for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
                 weight.data = part
@@ -42,7 +43,7 @@ def merge(graph: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
     value = dict(zip(placeholders, inputs, strict=True))
     by_input: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target is torch._C._nn.linear and _plain(node, value):
+        if node.op == "call_function" and node.target is linear and _plain(node, value):
             by_input.setdefault(node.args[0], []).append(node)
     for source, nodes in by_input.items():
         nodes.sort(key=lambda node: value[node.args[1]].data_ptr())
@@ -56,7 +57,9 @@ def merge(graph: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
 def _plain(node: fx.Node, value: dict[fx.Node, Any]) -> bool:
     """Whether it is linear(x, parameter) without a bias."""
     args = [*node.args, *node.kwargs.values()]
-    return len(node.args) >= 2 and isinstance(value.get(args[1]), Tensor) and not any(a is not None for a in args[2:])
+    if len(node.args) < 2 or not isinstance(args[1], fx.Node):
+        return False
+    return isinstance(value.get(args[1]), Tensor) and not any(a is not None for a in args[2:])
 
 
 def _adjacent(weights: list[Tensor]) -> bool:
@@ -76,7 +79,7 @@ def _replace(graph: fx.Graph, source: fx.Node, nodes: list[fx.Node], weights: li
     rows, width = [len(weight) for weight in weights], weights[0].shape[1]
     with graph.inserting_before(min(nodes)):
         buffer = graph.call_function(torch.as_strided, (nodes[0].args[1], (sum(rows), width), (width, 1)))
-        product = graph.call_function(torch._C._nn.linear, (source, buffer))
+        product = graph.call_function(linear, (source, buffer))
         parts = graph.call_function(torch.split, (product, rows, -1))
         for i, node in enumerate(nodes):
             part = graph.call_function(operator.getitem, (parts, i))
