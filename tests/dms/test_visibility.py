@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sparsekv import dms
 
@@ -21,14 +19,6 @@ def test_golden_example():
     seen = dms.visible(position[:, None], position, mark, 2)
     names = ["".join("ABCDEF"[k] for k in row.nonzero()[:, 0]) for row in seen]
     assert names == ["A", "AB", "BC", "BCD", "BDE", "BDEF"]
-
-
-@given(q=st.integers(0, 50), k=st.integers(0, 50), mark=st.booleans(), window=st.integers(1, 20))
-def test_expiry_says_the_same_as_visible(q, k, mark, window):
-    query, key, marked = torch.tensor(q), torch.tensor(k), torch.tensor(mark)
-    until = dms.expiry(key, marked, window)
-    assert bool(dms.visible(query, key, marked, window)) == (k <= q < int(until))
-    assert mark or until == dms.NEVER
 
 
 def test_align_moves_decisions_to_the_tokens_they_decide():

@@ -2,9 +2,11 @@
 
 import pytest
 
-from helpers import FAMILIES
+import sparsekv
+from helpers import FAMILIES, random_heads, tiny_model
 from serving import alone, assert_empty, attached, engine, greedy, prompts
-from sparsekv import SamplingParams
+from sparsekv import LLM, SamplingParams
+from sparsekv.modeling.adapter import AdapterConfig, base_shape, save_adapter
 
 LENGTHS = (5, 37, 16, 1, 9, 22)
 
@@ -95,3 +97,24 @@ def test_an_ended_text_stops_and_the_rest_goes_on() -> None:
         assert (first.outputs[0].finish_reason, first.outputs[0].stop_reason) == ("stop", expected[3])
         assert second.outputs[0].token_ids == alone(model, many[1], 10)
         assert_empty(llm)
+
+
+def test_the_dial_turns_by_ratio_where_an_adapter_says_which_offset_that_is(tmp_path) -> None:
+    model = tiny_model()
+    sparsekv.attach(model, policy="dms", window=4)
+    random_heads(model)
+    config = AdapterConfig(
+        base_model_name_or_path="tiny", base_shape=base_shape(model), window=4, offsets=[(-2.0, 2.0), (1.0, 4.0)]
+    )
+    save_adapter(model, tmp_path / "adapter", config)
+    sparsekv.detach(model)
+    llm = LLM(model, adapter=str(tmp_path / "adapter"), cr=4)
+    assert llm.offset == 1
+    llm.set_cr(3)
+    assert llm.offset == -0.5
+    llm.set_cr(1)
+    assert llm.offset == float("-inf")
+    with pytest.raises(ValueError, match="holds up to 4"):
+        llm.set_cr(9)
+    with pytest.raises(ValueError, match="make the LLM with adapter"):
+        LLM(tiny_model(), policy="dense").set_cr(2)

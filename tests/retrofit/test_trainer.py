@@ -11,9 +11,9 @@ import torch
 import sparsekv
 from sparsekv.evals.corpus import Corpus, load_documents
 from sparsekv.modeling.adapter import read_adapter
+from sparsekv.modeling.load import load_model
 from sparsekv.retrofit.config import RetrofitConfig
 from sparsekv.retrofit.data import Blend
-from sparsekv.retrofit.run import load_model
 from sparsekv.retrofit.trainer import RetrofitTrainer, marked_fraction, newest_checkpoint, train
 
 Configure = Callable[..., RetrofitConfig]

@@ -33,26 +33,12 @@ def open_model(name: str, *, dtype: str = "auto") -> tuple["PreTrainedModel", "P
     """
     quiet()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sparsekv.modeling.embedded import resolve_model
+    from sparsekv.modeling.load import load_model
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "auto" if device == "cuda" else "float32"
-    elif not isinstance(getattr(torch, dtype, None), torch.dtype):
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
-    folder = resolve_model(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(" .:")
-        raise ValueError(
-            f"cannot load {name}: it is neither smollm2-135m, nor a folder with a model, nor one that the hub gives "
-            f"({reason})"
-        ) from None
-    return model.to(device).eval(), tokenizer
+    return load_model(name, dtype=None if dtype == "auto" else dtype)
 
 
 def attach_from_options(

@@ -9,9 +9,6 @@ Soft   l = (z + g) / tau with g logistic noise (the difference of two Gumbels), 
 import torch
 from torch import Tensor
 
-NEVER = 2**31 - 1
-"""The expiry of a token that is kept for good."""
-
 
 def marks(logits: Tensor) -> Tensor:
     """e = (z > 0): bool, True = forget. logits: any shape, aligned to the tokens they decide (see `align`)."""
@@ -33,11 +30,6 @@ def visible(query_position: Tensor, key_position: Tensor, key_mark: Tensor, wind
     """The hard rule, broadcast over its arguments: int, int, bool -> bool."""
     age = query_position - key_position
     return (age >= 0) & (~key_mark | (age < window))
-
-
-def expiry(key_position: Tensor, key_mark: Tensor, window: int) -> Tensor:
-    """The first query position that no longer sees the key: k + w where marked, else NEVER."""
-    return torch.where(key_mark, key_position + window, NEVER)
 
 
 def gate_logits(logits: Tensor, *, tau: float, generator: torch.Generator | None = None) -> Tensor:

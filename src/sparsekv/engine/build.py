@@ -1,11 +1,11 @@
-"""From a model and a configuration to an engine: load, attach, size the pool, record the graphs."""
+"""From an attached model and a configuration to an engine: size the pool, record the graphs."""
 
 import logging
 from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparsekv.cache.pages import PagePool, human_bytes, parse_bytes
 from sparsekv.cache.ragged import RaggedCache
@@ -17,26 +17,12 @@ from sparsekv.engine.ledger import Ledger
 from sparsekv.engine.runner import Runner
 from sparsekv.engine.scheduler import Scheduler
 from sparsekv.modeling.attach import attachment_of
-from sparsekv.modeling.embedded import resolve_model
 from sparsekv.modeling.site import Attachment
 
 log = logging.getLogger(__name__)
 
 GPU_SHARE, CPU_SHARE = 0.9, 0.5
 """Fractions of the free memory for the pool where kv_memory is not given."""
-
-
-def load(name: str, *, dtype: torch.dtype | str | None, device: str | None) -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer of an embedded model, a folder or a hub id; on the GPU if there is one.
-
-    On a CPU the default dtype is float32, elsewhere the model's own.
-    """
-    name = resolve_model(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype is None:
-        dtype = torch.float32 if device == "cpu" else "auto"
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
 
 
 def build_engine(model: PreTrainedModel, config: EngineConfig, *, tokenizer: Any, ratio: float) -> Engine:

@@ -6,41 +6,15 @@ sparsekv::attend, so that a graph records the kernels and nothing of the cache.
 """
 
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.modeling.site import Attachment, PagedCache, Site
 from sparsekv.ops.layout import Batch
 from sparsekv.policies import Policy, Step, decode_layer, prefill_layer
-
-
-class _NoColumns(CacheLayerMixin):
-    """What Transformers asks of a layer. Positions are given and no mask is wanted, so the answers are constants."""
-
-    is_sliding = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        pass
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        return -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +29,13 @@ class Part:
 
 
 class EngineCache(PagedCache):
-    """ragged: the rows. `parts` = (decodes, chunks) says what the forward under way holds."""
+    """ragged: the rows. `parts` = (decodes, chunks) says what the forward under way holds.
+
+    Positions are given and no mask is wanted, so no columns are counted.
+    """
 
     def __init__(self, attachment: Attachment, ragged: RaggedCache) -> None:
-        super().__init__(layers=[_NoColumns() for _ in attachment.sites])
+        super().__init__(len(attachment.sites))
         self.ragged = ragged
         self.sites = attachment.sites
         self.parts: tuple[Part | None, Part | None] = (None, None)
@@ -97,22 +74,20 @@ class EngineCache(PagedCache):
         self._prunes.clear()
 
     def _decode(self, layer: int, part: Part, tokens: list[Tensor], scale: float) -> Tensor:
-        out, read = decode_layer(self.sites[layer].policy, self._step(layer, part, tokens, scale), self._pages(layer))
+        policy, step, pages = self.sites[layer].policy, self._step(layer, part, tokens, scale), self.ragged.layer(layer)
+        out, read = decode_layer(policy, step, pages)
         if self.reads is not None:
             rows = part.batch.rows
             self.reads.index_add_(0, rows, read.lengths[rows].sum(-1))
         return out
 
     def _prefill(self, layer: int, part: Part, tokens: list[Tensor], scale: float) -> Tensor:
-        policy, step, pages = self.sites[layer].policy, self._step(layer, part, tokens, scale), self._pages(layer)
+        policy, step, pages = self.sites[layer].policy, self._step(layer, part, tokens, scale), self.ragged.layer(layer)
         out = prefill_layer(policy, step, pages)
         keep = policy.prune(step, pages)
         if keep is not None:
             self._prunes.append((layer, part.batch.rows, keep))
         return out
-
-    def _pages(self, layer: int) -> Any:
-        return self.ragged.layer(layer)
 
     def _step(self, layer: int, part: Part, tokens: list[Tensor], scale: float) -> Step:
         hidden, query, key, value = tokens

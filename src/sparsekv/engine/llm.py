@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sparsekv.engine.build import build_engine, load
+from sparsekv.engine.build import build_engine
 from sparsekv.engine.config import EngineConfig
 from sparsekv.engine.outputs import RequestOutput, Session
 from sparsekv.engine.params import SamplingParams
 from sparsekv.engine.streams import Streams
 from sparsekv.modeling.adapter import AdapterConfig, read_adapter
 from sparsekv.modeling.attach import attach, attachment_of
+from sparsekv.modeling.load import load_model
 from sparsekv.policies import Policy
 from sparsekv.policies.dms import DMSPolicy
 
@@ -52,7 +53,7 @@ class LLM:
         config = EngineConfig(**{k: v for k, v in options.items() if k in _ENGINE_OPTIONS})
         options = {k: v for k, v in options.items() if k not in _ENGINE_OPTIONS}
         if isinstance(model, str):
-            model, loaded = load(model, dtype=dtype, device=device)
+            model, loaded = load_model(model, dtype=dtype, device=device)
             tokenizer = loaded if tokenizer is None else tokenizer
         elif dtype is not None or device is not None:
             raise ValueError("dtype and device are for models loaded by name; move this one before passing it")

@@ -6,13 +6,11 @@ was; one that another error interrupts before its last attention layer is taken 
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from sparsekv.cache.pages import PagePool, human_bytes, parse_bytes
 from sparsekv.cache.ragged import RaggedCache
@@ -26,31 +24,6 @@ from sparsekv.policies import Step, decode_layer, prefill_layer
 
 SHARE_OF_FREE_MEMORY = 0.5
 """The largest part of the free memory that a pool takes when kv_memory is not given."""
-
-
-class _Columns(CacheLayerMixin):
-    """What Transformers asks of a layer: how many columns it has seen. The tokens live in the ragged cache."""
-
-    is_sliding = False
-
-    def __init__(self, cache: "SparseCache") -> None:
-        super().__init__()
-        self.cache = cache
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        pass
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.columns + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.cache.columns
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 @dataclass(kw_only=True)
@@ -80,13 +53,12 @@ class SparseCache(PagedCache):
         if page_size < 1:
             raise ValueError(f"page_size is {page_size}; it counts token slots, so use at least 1 (32 is the default)")
         self.attachment = attachment_of(model)
-        self.columns = 0
         self._kv_memory = None if kv_memory is None else parse_bytes(kv_memory)
         self._page_size = page_size
         self._ragged: RaggedCache | None = None
         self._forward: _Forward | None = None
         self._reads = self._peak = torch.zeros((), dtype=torch.int64)
-        super().__init__(layers=[_Columns(self) for _ in self.attachment.sites])
+        super().__init__(len(self.attachment.sites))
 
     @property
     def ragged(self) -> RaggedCache:

@@ -87,6 +87,8 @@ def _convert(file: Path, folder: Path, *, context: int) -> None:
         file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, model_max_length=context)
+    # Transformers 5.17 takes <|im_start|> for the end of a text; the model's own configuration is right everywhere.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as scratch:
         partial = Path(scratch) / folder.name
         model.save_pretrained(partial)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
 from sparsekv.dms import NeuronSource
 from sparsekv.policies import Policy
@@ -29,8 +30,37 @@ class Site:
     neuron: NeuronSource | None = None
 
 
+class _Columns(CacheLayerMixin):
+    """What Transformers asks of a layer: how many columns it has seen. The tokens live in the ragged cache."""
+
+    is_sliding = False
+
+    def __init__(self, cache: "PagedCache") -> None:
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+
 class PagedCache(Cache):
-    """A Cache that attends for itself, in pages: SparseCache, and the engine's."""
+    """A Cache that attends for itself, in pages: SparseCache, and the engine's. layers: how many the model has."""
+
+    def __init__(self, layers: int) -> None:
+        self.columns = 0
+        super().__init__(layers=[_Columns(self) for _ in range(layers)])
 
     @abstractmethod
     def attend(

@@ -170,12 +170,6 @@ def offset_for(z: Tensor, target: float, *, window: int) -> float | None:
     return -float((low + ordered[kept]) / 2)
 
 
-def ratio_at(z: Tensor, offset: float, *, window: int) -> float:
-    """tokens seen / tokens held for logits z, float32 [..., T], under an offset."""
-    gone = dms.marks(z + offset)[..., : max(z.shape[-1] - window, 0)].sum()
-    return z.numel() / (z.numel() - int(gone))
-
-
 def _measure(split: SplitModel, policy: DMSPolicy, rows: Tensor, batch: int, through: str) -> tuple[float, Tensor]:
     """(measured ratio, z without the offset, aligned: float32 [layers, heads, N, T]) at the policy's offset."""
     seen, held = 0, 0.0

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv.evals.corpus import Corpus, load_documents
 from sparsekv.evals.evaluate import Point, Score, describe, evaluate
 from sparsekv.modeling.adapter import CONFIG_FILE, read_adapter, save_adapter
 from sparsekv.modeling.attach import attach
-from sparsekv.modeling.embedded import resolve_model
+from sparsekv.modeling.load import load_model
 from sparsekv.retrofit.calibrate import fill_table
 from sparsekv.retrofit.card import model_card
 from sparsekv.retrofit.config import RetrofitConfig, load_config, save_config
@@ -43,7 +43,7 @@ def run(config: RetrofitConfig, *, say: Say = lambda text: print(text, file=sys.
     model or text that cannot be had, and settings that do not fit them.
     """
     output = prepare_output(config)
-    model, tokenizer = load_model(config.model, device=config.device)
+    model, tokenizer = load_for_training(config)
     training, held_out = load_documents(config.texts)
     attach(model, policy="dms", window=config.window, lag=config.lag)
     save_config(config, output / CONFIG_COPY)
@@ -97,25 +97,11 @@ def prepare_output(config: RetrofitConfig) -> Path:
     return output
 
 
-def load_model(name: str, *, device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer: bfloat16 on CUDA, float32 on the CPU, in evaluation mode.
-
-    Raises ValueError where there is no such model, or no such device.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda and this machine shows none; use device=cpu or auto")
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    folder = resolve_model(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16 if on_gpu else torch.float32
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot load the model {name}: {reason}") from None
-    torch.nn.Module.to(model, "cuda" if on_gpu else "cpu")
-    return model.eval(), tokenizer
+def load_for_training(config: RetrofitConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model and its tokenizer: bfloat16 on a GPU, float32 on the CPU. Raises ValueError as load_model does."""
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    device = None if config.device == "auto" else config.device
+    return load_model(config.model, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
 
 
 def device_name(model: PreTrainedModel) -> str:

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsekv.ops.layout import LayerPages, interpreting
+from sparsekv.ops.dots import dot_type
+from sparsekv.ops.layout import LayerPages
 
 UNIT = tl.constexpr(16)
 """Slots a unit of work."""
@@ -94,7 +95,7 @@ def decode(
         "D": dim,
         "DP": max(triton.next_power_of_2(dim), 16),
         "C": page_size,
-        "DOT": _dot_type(q.dtype, layer.kv.dtype),
+        "DOT": dot_type(q.dtype, layer.kv.dtype),
         "BLOCK": config.block,
     }
     scale *= LOG2_E.value
@@ -120,13 +121,6 @@ def _processors(device: torch.device) -> int:
 def _registers(config: DecodeConfig) -> int:
     """A thread's share of a multiprocessor's 64K registers, so that all programs are resident."""
     return min(65536 // (config.programs * config.warps * 32) // 8 * 8, 255)
-
-
-def _dot_type(*kinds: torch.dtype) -> tl.dtype:
-    wide = torch.promote_types(*kinds)
-    if wide == torch.bfloat16 and interpreting():  # it has no bfloat16 dot
-        wide = torch.float32
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[wide]
 
 
 @triton.jit

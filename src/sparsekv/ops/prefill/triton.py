@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsekv.ops.layout import Batch, LayerPages, interpreting
+from sparsekv.ops.dots import dot_type
+from sparsekv.ops.layout import Batch, LayerPages
 from sparsekv.ops.prefill.compact import aligned, index_ring, pack_kept, strides
 
 NEVER = tl.constexpr(2**31 - 1)
@@ -110,7 +111,7 @@ def prefill(
         "ROWS": config.rows,
         "KEYS": config.keys,
         "SLOTS": config.slots,
-        "DOT": _dot_type(q.dtype),
+        "DOT": dot_type(q.dtype),
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
@@ -145,12 +146,6 @@ def _power_of_2(least: int) -> int:
 def _shared_memory(device: torch.device) -> int:
     """Bytes a program may use."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**20
-
-
-def _dot_type(kind: torch.dtype) -> tl.dtype:
-    if kind == torch.bfloat16 and interpreting():  # it has no bfloat16 dot
-        kind = torch.float32
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[kind]
 
 
 @triton.jit

@@ -1,0 +1,34 @@
+"""A causal language model and its tokenizer, by embedded name, folder or hub id: the one place that loads them."""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsekv.modeling.embedded import resolve_model
+
+
+def load_model(
+    name: str, *, dtype: torch.dtype | str | None = None, device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """In evaluation mode. device: None = the GPU if there is one. dtype: None = float32 on the CPU, elsewhere the
+    model's own.
+
+    Raises ValueError where there is no such model, or no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda and this machine shows none; use device=cpu or leave it out")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else "auto"
+    folder = resolve_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(" .:")
+        raise ValueError(
+            f"cannot load {name}: it is neither smollm2-135m, nor a folder with a model, nor one that the hub gives "
+            f"({reason})"
+        ) from None
+    return model.to(device).eval(), tokenizer
