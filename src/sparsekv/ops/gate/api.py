@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sparsekv.ops.gate import flex, reference
 from sparsekv.ops.layout import check_backend
 
-BACKENDS = ("reference", "flex")
+BACKENDS = ("reference", "flex", "triton")
 
 
 def gate(
@@ -27,13 +27,23 @@ def gate(
     """q: [B, H * G, S, D]; k, v: [B, H, S, D]; log_keep: float [B, H, S] or None (no gate); documents: int [B, S],
     equal where two tokens may see each other (padding is a document of its own). Returns [B, H * G, S, D].
 
-    Backends: "reference" (SDPA with a float mask) and "flex" (compiled FlexAttention, CUDA only: on the CPU it gives no
-    gradient to log_keep); None picks flex on CUDA, and SDPA's own causal kernel where there is neither a gate nor a
-    document to keep apart. Raises ValueError for flex on the CPU or an unknown backend.
+    Backends: "reference" (SDPA with a float mask), "flex" (compiled FlexAttention, CUDA only: on the CPU it gives no
+    gradient to log_keep) and "triton" (bfloat16, float16 or float32, head sizes that are a multiple of 16 up to 256;
+    the same bits every time). None picks triton on CUDA where it can run, else the reference, and SDPA's own causal
+    kernel where there is neither a gate nor a document to keep apart. Raises ValueError for a backend that is unknown
+    or, asked for by name, cannot run.
     """
     if backend is None and log_keep is None and documents is None:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    chosen = check_backend(backend or ("flex" if q.is_cuda else "reference"), q.device, BACKENDS)
+    chosen = check_backend(backend, q.device, BACKENDS)
+    if chosen == "triton":
+        from sparsekv.ops.gate import triton
+
+        obstacle = triton.obstacle(q, k, v)
+        if obstacle is None:
+            return triton.gate(q, k, v, log_keep, window, scale, documents)
+        if backend == "triton":
+            raise ValueError(f"backend 'triton' {obstacle}; use 'reference'")
     if chosen == "flex":
         if not q.is_cuda:
             raise ValueError(
