@@ -1,4 +1,4 @@
-"""The markup cleaner by small examples, the split by its properties, and the encyclopedia as a whole."""
+"""The split by its properties, and each text as a whole."""
 
 import re
 
@@ -6,30 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekv.modeling.texts import fetch_text, plain_text, split
-
-
-@pytest.mark.parametrize(
-    ("markup", "text"),
-    [
-        ("an '''important''' ''word''", "an important word"),
-        ("[[Paris]] and [[Lyon|the other]] and [[Nice]]s", "Paris and the other and Nices"),
-        ("see [http://a.org/x the site] now", "see the site now"),
-        ("before [[File:a.jpg|thumb|a [[nested]] caption]]after", "before after"),
-        ("text[[Category:Things]][[de:Ding]]", "text"),
-        ("fact<ref name=a>Book, p. 2</ref> and<ref name=a /> more<!-- hidden -->", "fact and more"),
-        ("a {{cite|b={{inner}}}}b", "a b"),
-        ("about {{convert|12|km|mi}} long, {{lang|fr|bonjour}}", "about 12 km long, bonjour"),
-        ("top\n{| class=x\n| cell\n{|\n| nested\n|}\n|}\nbottom", "top\n\nbottom"),
-        ("== History ==\ntext\n=== Early ===\nmore", "History\ntext\nEarly\nmore"),
-        ("* one\n** two\n# three", "one\ntwo\nthree"),
-        ("Albedo ({{IPA}}) is ({{lang}} a) word {{x}}, so", "Albedo is (a) word, so"),
-        ("x &amp; y&nbsp;z, H<sub>2</sub>O", "x & y z, H2O"),
-        ("end\n==References==\n* a book\n==After==\nkept", "end\nAfter\nkept"),
-    ],
-)
-def test_markup_becomes_text(markup, text):
-    assert plain_text(markup) == text
+from sparsekv.modeling.texts import fetch_text, split, text_file, text_names
 
 
 @given(st.lists(st.text(max_size=3), min_size=2, max_size=40), st.floats(0.01, 0.99))
@@ -54,8 +31,16 @@ def test_one_article_cannot_be_split():
 
 
 def test_an_unknown_text_is_refused():
-    with pytest.raises(ValueError, match="'encyclopedia'"):
+    with pytest.raises(ValueError, match="the texts are 'encyclopedia', 'handbook', 'bible'"):
         fetch_text("novels")
+
+
+@pytest.mark.parametrize("name", text_names())
+def test_a_file_carried_to_a_machine_without_network_is_enough(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text_file(name).parent.mkdir(parents=True)
+    text_file(name).write_text('["one", "two"]')
+    assert fetch_text(name) == ["one", "two"]
 
 
 @pytest.mark.slow
@@ -70,3 +55,24 @@ def test_the_encyclopedia_is_plain_text():
     assert len(residue) < 50  # of 2.8 million characters; mostly LaTeX braces
     train, held = split(articles)
     assert (len(train), len(held)) == (95, 11)
+
+
+@pytest.mark.slow
+def test_the_handbook_is_chapters_without_navigation():
+    chapters = fetch_text("handbook")
+    whole = "\n".join(chapters)
+    assert len(chapters) == 20
+    assert sum(chapter.startswith("Chapter ") for chapter in chapters) == 16
+    assert 1.1e6 < len(whole) < 1.2e6
+    assert "apt-get install" in whole
+    for residue in ("<div", "</p>", "Download the ebook", "\nPrev", "\nNext"):
+        assert residue not in whole
+
+
+@pytest.mark.slow
+def test_the_bible_is_prose_without_numbers():
+    books = fetch_text("bible")
+    assert len(books) == 66
+    assert books[0].startswith("The First Book of Moses, called Genesis\n\nIn the beginning God created")
+    assert 4.0e6 < sum(map(len, books)) < 4.2e6
+    assert not re.search(r"\d", books[0])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsekv.modeling.texts import fetch_text, split
+from sparsekv.modeling.texts import fetch_text, split, text_names
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=\S)(?=\n)")
 
@@ -72,7 +72,8 @@ class Corpus:
 
 
 def load_documents(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(training, held out) documents of texts by name: "encyclopedia", a text file, or a folder of *.txt files.
+    """(training, held out) documents of texts by name: one that fetch_text knows, a text file, or a folder of *.txt
+    files.
 
     The last tenth of each text is held out: whole documents, or the end of the only one. Raises ValueError for a text
     that cannot be read.
@@ -95,7 +96,8 @@ def _documents(name: str) -> list[str]:
     path = Path(name)
     if not path.exists():
         if "/" in name or "." in name:
-            raise ValueError(f"there is no text {name}: give 'encyclopedia', a text file, or a folder of .txt files")
+            known = ", ".join(text_names())
+            raise ValueError(f"there is no text {name}: give {known}, a text file, or a folder of .txt files")
         return fetch_text(name)
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files:

