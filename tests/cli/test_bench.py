@@ -125,3 +125,22 @@ def test_mistakes_with_shapes(run, words, sentence):
     outcome = run("bench", *words)
     assert outcome.code == 2
     assert sentence in outcome.err
+
+
+def test_train_on_a_cpu_works_and_says_that_it_measures_no_target(run):
+    words = ["--shape", "tiny", "--tokens", 140, "--batch", 2]
+    outcome = run("bench", "train", *words, "--json")
+    assert outcome.code == 0, outcome.err
+    record = json.loads(outcome.out)
+    assert "measures no target" in record["note"]
+    assert list(record["attention"]["backends"]) == ["reference"]
+    assert record["step"]["extrapolated_from_layers"] is None
+    assert record["step"]["of_matmul"] == pytest.approx(record["step"]["tflops"] / record["matmul_tflops"])
+    assert "a CPU run" in run("bench", "train", *words).out
+
+
+def test_train_at_its_own_shapes_needs_a_gpu(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    outcome = run("bench", "train")
+    assert outcome.code == 2
+    assert "use --shape tiny" in outcome.err

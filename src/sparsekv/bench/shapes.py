@@ -35,6 +35,12 @@ class Shape:
             tie_word_embeddings=self.tied,
         )
 
+    @property
+    def layer_weights(self) -> int:
+        """Numbers in one layer's matrices."""
+        heads = 2 * (self.query_heads + self.kv_heads) * self.head_dim
+        return self.hidden * (heads + 3 * self.intermediate)
+
     def kv_bytes(self, element_size: int = 2) -> int:
         """Bytes of one token's keys and values over all layers and heads."""
         return 2 * self.layers * self.kv_heads * self.head_dim * element_size
@@ -62,6 +68,18 @@ _SHAPES = [
         kv_heads=8,
         head_dim=64,
         vocabulary=128256,
+        tied=True,
+        family=LlamaConfig,
+    ),
+    Shape(
+        name="smollm2-135m",
+        layers=30,
+        hidden=576,
+        intermediate=1536,
+        query_heads=9,
+        kv_heads=3,
+        head_dim=64,
+        vocabulary=49152,
         tied=True,
         family=LlamaConfig,
     ),

@@ -1,7 +1,8 @@
 """`sparsekv bench`: speed, both sides measured in the same process and printed side by side.
 
 decode and prefill time whole forwards against plain Transformers (bench/plain.py), or with --shape the attention
-kernels alone, at random (bench/kernels.py). step, serve and suite time an engine with random weights, on a GPU.
+kernels alone, at random (bench/kernels.py). step, serve and suite time an engine with random weights, on a GPU. train
+times attention with the gate beside FlexAttention, and the whole step of a retrofit (bench/train.py).
 """
 
 import json
@@ -25,7 +26,7 @@ _Threads = Annotated[int | None, Option(help="CPU threads; default: PyTorch's ch
 _Seed = Annotated[int, Option(help="Seed of the text and of random marks.")]
 _Json = Annotated[bool, Option("--json", help="Print JSON.")]
 _KernelShape = Annotated[str | None, Option(help="Time the kernel alone at this shape (qwen3-8b), without a model.")]
-_Shape = Annotated[str, Option(help="qwen3-8b, llama-3.2-1b or tiny, with random weights.")]
+_Shape = Annotated[str, Option(help="qwen3-8b, llama-3.2-1b, smollm2-135m or tiny, with random weights.")]
 _Batch = Annotated[int, Option(help="Sequences.", min=1)]
 _Window = Annotated[int, Option(help="Tokens between a mark and the eviction.", min=1)]
 
@@ -124,6 +125,56 @@ def serve(
     typer.echo(json.dumps(result) if as_json else text)
 
 
+def train(
+    shape: Annotated[
+        str | None, Option(help="qwen3-8b, llama-3.2-1b, smollm2-135m or tiny; default: qwen3-8b, then smollm2-135m.")
+    ] = None,
+    batch: Annotated[int | None, Option(help="Rows of a step; default: 16 for smollm2-135m, else 1.", min=1)] = None,
+    tokens: Annotated[
+        int | None, Option(help="Tokens of a row; default: 2048 for smollm2-135m, else 8192.", min=1)
+    ] = None,
+    kernels: Annotated[int, Option(help="List so many of the longest kernels of a whole step.", min=0)] = 15,
+    seed: _Seed = 0,
+    as_json: _Json = False,
+) -> None:
+    """Attention with the gate beside FlexAttention, and the whole step of a retrofit. A CPU run measures no target."""
+    import torch
+
+    from sparsekv.bench.shapes import shape_of
+    from sparsekv.bench.train import bench_train
+
+    gpu = torch.cuda.is_available()
+    if shape is None and not gpu:
+        raise ValueError("the default shapes need a CUDA GPU and PyTorch sees none; use --shape tiny")
+    for found in map(shape_of, ("qwen3-8b", "smollm2-135m") if shape is None else (shape,)):
+        small = found.name == "smollm2-135m"
+        result = bench_train(
+            found,
+            batch=batch or (16 if small else 1),
+            tokens=tokens or (2048 if small else 8192),
+            device=torch.device("cuda" if gpu else "cpu"),
+            dtype=torch.bfloat16 if gpu else torch.float32,
+            kernels=kernels,
+            seed=seed,
+        )
+        typer.echo(json.dumps(result) if as_json else _train_text(result))
+
+
+def _train_text(result: dict[str, Any]) -> str:
+    step, layers = result["step"], result["step"]["extrapolated_from_layers"]
+    lines = [
+        f"{result['shape']}, {result['batch']} x {result['tokens']} tokens; a large product of matrices: "
+        f"{result['matmul_tflops']:.0f} TFLOP/s",
+        *(
+            f"attention, {name}: {found['ms']:.3f} ms forward and backward, {found['tflops']:.0f} TFLOP/s"
+            for name, found in result["attention"]["backends"].items()
+        ),
+        f"a step: {step['ms']:.1f} ms, {step['tokens_per_s']:.0f} tokens/s, {step['of_matmul']:.1%} of the product"
+        + ("" if layers is None else f" (extrapolated from {' and '.join(map(str, layers))} layers)"),
+    ]
+    return "\n".join(lines + ([result["note"]] if "note" in result else []))
+
+
 def suite(
     out: Annotated[Path, Argument(help="JSON lines, one a figure.")],
     commit: Annotated[str | None, Option(help="Written to each line; default: what git says.")] = None,
@@ -135,7 +186,7 @@ def suite(
     raise typer.Exit(main([str(out), *([commit] if commit else [])]))
 
 
-for _command in (decode, prefill, step, serve, suite):
+for _command in (decode, prefill, step, serve, train, suite):
     app.command(_command.__name__)(with_config(_command))
 
 

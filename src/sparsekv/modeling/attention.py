@@ -32,7 +32,9 @@ def sparse_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface. query: [B, H * G, S, D]; key, value: [B, H, S, D]; attention_mask: bool
-    [B, columns so far] or None. Returns ([B, S, H * G, D], None); the output of padding is 0 with a cache.
+    [B, columns so far] or None; documents, a keyword of the model's forward, without a cache: int [B, S], see ops.gate,
+    or None where each row is one text, which spares the search for them in the mask and the positions. Returns
+    ([B, S, H * G, D], None); the output of padding is 0 with a cache.
 
     Raises ValueError for what the cache cannot honour: dropout, a 4D mask, a foreign cache.
     """
@@ -55,7 +57,11 @@ def sparse_attention(
             "this model is attached to sparsekv and got a cache that is not ours: "
             "pass past_key_values=sparsekv.SparseCache(model), or detach(model) first"
         )
-    documents = _documents(attention_mask, kwargs.get("position_ids"), query.shape)
+    documents = (
+        kwargs["documents"]
+        if "documents" in kwargs
+        else _documents(attention_mask, kwargs.get("position_ids"), query.shape)
+    )
     step = _whole_step(site, hidden, (query, key, value), attention_mask, scale)
     out = gate(
         query,

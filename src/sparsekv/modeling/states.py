@@ -3,10 +3,12 @@
 A language model is a body (tokens to hidden states) and an output head (hidden states to logits). Distillation and
 perplexity need the logits only a few positions at a time:
 
-L = mean over positions of D(teacher, student), its gradient to the student's hidden states computed chunk by chunk.
+L = mean over positions of D(teacher, student), its gradient to the student's hidden states computed chunk by chunk. On
+CUDA the divergence is compiled, which reads the logits as they are and writes their gradient, and nothing in float32.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,13 +34,15 @@ class SplitModel:
         self.head: Any = model.get_output_embeddings()
         config = model.config.get_text_config(decoder=True)
         self.soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.chunk = max(1, CHUNK_ELEMENTS // config.vocab_size)
-        """Positions whose logits are held at once."""
+        self.chunk = 1 << max(1, CHUNK_ELEMENTS // config.vocab_size).bit_length() - 1
+        """Positions whose logits are held at once: a power of two, so that most texts are cut evenly."""
         self._check()
 
     def hidden(self, ids: Tensor, *, cache: Cache | None = None) -> Tensor:
-        """ids: int64 [B, S] -> the last hidden states [B, S, hidden_size], ready for `logits`."""
-        return self.body(input_ids=ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        """ids: int64 [B, S], each row one text -> the last hidden states [B, S, hidden_size], ready for `logits`."""
+        if cache is not None:
+            return self.body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        return self.body(input_ids=ids, use_cache=False, documents=None).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., vocab], in the model's dtype."""
@@ -69,6 +73,11 @@ class SplitModel:
             )
 
 
+@cache
+def _compiled(divergence: Divergence) -> Divergence:
+    return torch.compile(divergence)
+
+
 class _ChunkedDivergence(torch.autograd.Function):
     """The gradient is computed together with the value, so that no chunk's logits outlive it."""
 
@@ -76,6 +85,7 @@ class _ChunkedDivergence(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, split: SplitModel, divergence: Divergence) -> Tensor:
         gradient = torch.empty_like(student)
         total = torch.zeros((), device=student.device)
+        divergence = _compiled(divergence) if student.is_cuda else divergence
         for s, t, into in split.chunks(student.detach(), teacher, gradient):
             with torch.enable_grad():
                 s = s.requires_grad_()

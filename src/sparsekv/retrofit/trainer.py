@@ -22,6 +22,7 @@ from sparsekv.dms import EvictionHead
 from sparsekv.modeling import modes
 from sparsekv.modeling.adapter import AdapterConfig, base_shape, load_adapter, save_adapter
 from sparsekv.modeling.attach import attachment_of, heads
+from sparsekv.modeling.compiled import compiled_layers
 from sparsekv.modeling.states import Divergence, SplitModel
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.retrofit.config import RetrofitConfig
@@ -45,7 +46,8 @@ def train(model: PreTrainedModel, rows: Blend, config: RetrofitConfig, *, progre
     trainer = RetrofitTrainer(model, rows, config, progress=progress)
     checkpoint = newest_checkpoint(Path(config.output))
     use_cache = model.config.use_cache
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with compiled_layers(model):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.config.use_cache = use_cache
     model.eval()
 
