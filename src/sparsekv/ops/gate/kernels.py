@@ -50,7 +50,7 @@ def _head(base, stride, row, head):
 
 @triton.jit
 def _plane(spans, plane, rows, row, length):
-    return None if spans is None else spans + (plane * rows + row) * length
+    return spans + (plane * rows + row) * length
 
 
 @triton.jit
@@ -149,8 +149,9 @@ def forward(
     start, low, high, end = bounds
     if keep is not None:
         keep += (row * (heads // GROUP) + head // GROUP) * length
-    documents, mine = _plane(spans, 0, rows, row, length), None
-    if documents is not None:
+    documents, mine = spans, None
+    if spans is not None:
+        documents = _plane(spans, 0, rows, row, length)
         mine = _numbers(documents, first, at, length, 0, True)
     tile_q = _tile(_head(q, stride.q, row, head), stride.q[2], first, at, length, D, DP, True).to(DOT)
     k, v = _head(k, stride.k, row, head // GROUP), _head(v, stride.v, row, head // GROUP)
@@ -212,8 +213,9 @@ def queries(
     start, low, high, end = bounds
     if keep is not None:
         keep += (row * (heads // GROUP) + head // GROUP) * length
-    documents, mine = _plane(spans, 0, rows, row, length), None
-    if documents is not None:
+    documents, mine = spans, None
+    if spans is not None:
+        documents = _plane(spans, 0, rows, row, length)
         mine = _numbers(documents, first, at, length, 0, True)
     tile_q = _tile(_head(q, stride.q, row, head), stride.q[2], first, at, length, D, DP, True).to(DOT)
     tile_g = _tile(_head(grad, stride.grad, row, head), stride.grad[2], first, at, length, D, DP, True).to(DOT)
@@ -274,8 +276,9 @@ def keys(
     bounds = _queries_of(spans, first, length, window, rows, row, M, N)
     start, low, high, end = bounds
     line = (row * kv_heads + kv_head) * length
-    documents, mine, gate = _plane(spans, 0, rows, row, length), None, None
-    if documents is not None:
+    documents, mine, gate = spans, None, None
+    if spans is not None:
+        documents = _plane(spans, 0, rows, row, length)
         mine = _numbers(documents, first, at, length, 0, True)
     if keep is not None:
         gate = (_numbers(keep + line, first, at, length, 0.0, True) * LOG2E)[:, None]
