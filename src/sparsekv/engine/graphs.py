@@ -9,17 +9,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch._inductor.compile_fx import compile_fx
 
 from sparsekv.engine.cache import EngineCache, Part
-from sparsekv.engine.merge import inductor_with_merged_projections, lay_end_to_end
+from sparsekv.engine.merge import lay_end_to_end, merge
+from sparsekv.engine.products import with_own_products
 from sparsekv.ops.layout import Batch
+from sparsekv.ops.linear import workspace_for
 from sparsekv.policies import Policy
 
 log = logging.getLogger(__name__)
 
 WARM_UPS = 2
 """Runs before recording: compilation, and kernels' own first-time work."""
+
+INDUCTOR = {"combo_kernels": True, "triton.enable_pdl": True}
+"""Kernels that do not depend on each other become one (norms and RoPE of q and of k), and kernels start before those in
+front have ended (programmatic dependent launch, where the device has it)."""
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 """(ids int64 [1, T], positions int64 [1, T]) -> logits [T, vocab]."""
@@ -93,14 +100,27 @@ class DecodeGraphs:
         return Part(batch=batch, seen=self.seen[:size], tokens=size)
 
 
-def compiled_decode(model: Any, cache: EngineCache, *, backend: Any = inductor_with_merged_projections) -> Forward:
-    """The model's forward, compiled whole. One compilation serves all buckets above 1: their size is dynamic."""
+def decode_backend(device: torch.device) -> Callable[[fx.GraphModule, list[Any]], Any]:
+    """A torch.compile backend: inductor on a graph with merged projections and our own matrix products."""
+    workspace = workspace_for(device)
+
+    def compile(graph: fx.GraphModule, inputs: list[Any]) -> Any:
+        return compile_fx(with_own_products(merge(graph, inputs), workspace), inputs, config_patches=INDUCTOR)
+
+    return compile
+
+
+def compiled_decode(model: Any, cache: EngineCache, *, backend: Any = None) -> Forward:
+    """The model's forward, compiled whole. One compilation serves all buckets above 1: their size is dynamic.
+
+    backend: torch.compile's; None takes decode_backend.
+    """
     lay_end_to_end(model)
 
     def forward(ids: Tensor, positions: Tensor) -> Tensor:
         return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
 
-    compiled = torch.compile(forward, fullgraph=True, backend=backend)
+    compiled = torch.compile(forward, fullgraph=True, backend=backend or decode_backend(cache.ragged.lengths.device))
 
     def run(ids: Tensor, positions: Tensor) -> Tensor:
         if ids.shape[1] > 1:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._inductor.compile_fx import compile_fx
 from torch.nn.functional import linear
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -30,11 +29,6 @@ def lay_end_to_end(model: nn.Module) -> None:
             whole = torch.cat([weight.detach() for weight in weights])
             for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
                 weight.data = part
-
-
-def inductor_with_merged_projections(graph: fx.GraphModule, inputs: list[Any]) -> Any:
-    """torch.compile's inductor backend, run on the graph that `merge` leaves."""
-    return compile_fx(merge(graph, inputs), inputs)
 
 
 def merge(graph: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsekv.ops.dots import dot_type
+from sparsekv.ops.launch import dependent, follow, take_turn
 from sparsekv.ops.layout import LayerPages
 
 UNIT = tl.constexpr(16)
@@ -105,7 +106,8 @@ def decode(
         q, layer.kv, pages, lengths, rows, out, lse, scratch, tickets, scale, heads, columns, config.least,
         **shape, MP=merge_rows, STEP=step,
         LANES=min(max(triton.next_power_of_2(heads), 16), MOST_LANES), ONCE=heads <= MOST_LANES,
-        num_warps=config.warps, num_stages=config.stages, maxnreg=_registers(config),
+        FOLLOW=follow(q.device),
+        num_warps=config.warps, num_stages=config.stages, maxnreg=_registers(config), **dependent(q.device),
     )  # fmt: skip
     if weights is not None and longest:
         grid = (heads, triton.cdiv(longest, config.block))
@@ -225,9 +227,11 @@ def _decode(
     q, kv, pages, lengths, rows, out, lse, scratch, tickets, scale, heads, columns, least,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, BLOCK: tl.constexpr, MP: tl.constexpr, STEP: tl.constexpr,
-    LANES: tl.constexpr, ONCE: tl.constexpr,
+    LANES: tl.constexpr, ONCE: tl.constexpr, FOLLOW: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
+    if FOLLOW:
+        take_turn()
     lane = tl.arange(0, LANES)
 
     total_units = 0

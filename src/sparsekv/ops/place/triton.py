@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsekv.ops.launch import dependent, follow, take_turn
 from sparsekv.ops.layout import Batch, LayerPages, LinearMarks
 
 SEEN_BITS = 24
@@ -54,7 +55,8 @@ def place_one(
         k if slots is None else slots.contiguous(), *inputs,
         k.stride(0), v.stride(0), layer.pages.shape[-1], layer.window, size,
         H=heads, D=dim, DP=triton.next_power_of_2(dim), C=layer.page_size, EP=min(triton.next_power_of_2(size), 4096),
-        MARKS="linear" if linear else "none" if marks is None else "given", SLOTS=slots is not None, num_warps=4,
+        MARKS="linear" if linear else "none" if marks is None else "given", SLOTS=slots is not None,
+        FOLLOW=follow(k.device), num_warps=4, **dependent(k.device),
     )  # fmt: skip
 
 
@@ -126,22 +128,28 @@ def _place_one(
     kv, pages, lengths, ring, seen, free, free_count, rows, k, v, marks, slots, hidden, weight, bias, offset,
     k_stride, v_stride, columns, window, size,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, EP: tl.constexpr,
-    MARKS: tl.constexpr, SLOTS: tl.constexpr,
+    MARKS: tl.constexpr, SLOTS: tl.constexpr, FOLLOW: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0), tl.program_id(1)
+    if FOLLOW:
+        take_turn()
+    # Whatever needs no answer of another load is asked for first: the kernel is a chain of latencies.
+    d = tl.arange(0, DP)
+    key = tl.load(k + token.to(tl.int64) * k_stride + head * D + d, mask=d < D)
+    value = tl.load(v + token.to(tl.int64) * v_stride + head * D + d, mask=d < D)
     row = tl.load(rows + token).to(tl.int64)
     if row < 0:
         return
-    position = _advance(seen, row, 1, H)
+    pair = row * H + head
+    length = tl.load(lengths + pair)
     if MARKS == "linear":
         mark = _linear_mark(hidden, weight, bias, offset, token, head, size, EP)
     elif MARKS == "given":
         mark = tl.load(marks + token * H + head).to(tl.int32)
     else:
         mark = 0
+    position = _advance(seen, row, 1, H)
 
-    pair = row * H + head
-    length = tl.load(lengths + pair)
     slot = length
     entry = ring + pair * window
     if window > 0:
@@ -163,12 +171,9 @@ def _place_one(
         page = tl.load(pages + pair * columns + column, mask=fits, other=0)
     tl.debug_barrier()  # every warp has read length and ring before one warp writes them
     if fits:
-        d = tl.arange(0, DP)
         at = kv + (page.to(tl.int64) * (2 * C) + slot % C) * D + d
-        k += token.to(tl.int64) * k_stride + head * D
-        v += token.to(tl.int64) * v_stride + head * D
-        tl.store(at, tl.load(k + d, mask=d < D), mask=d < D)
-        tl.store(at + C * D, tl.load(v + d, mask=d < D), mask=d < D)
+        tl.store(at, key, mask=d < D)
+        tl.store(at + C * D, value, mask=d < D)
         tl.store(lengths + pair, tl.maximum(length, slot + 1))
         if window > 0:
             tl.store(entry, slot << 1 | mark)
