@@ -5,6 +5,7 @@ run. Weights are random; marks are drawn at the ratio asked; lengths are log-nor
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from statistics import NormalDist
 from typing import Any
@@ -142,14 +143,23 @@ class StepBench:
 
 
 def kernel_times(step: Callable[[], Any], *, most: int, steps: int = 5) -> list[dict[str, Any]]:
-    """The kernels that take most of a step: name, launches and milliseconds per step."""
+    """The kernels that take most of a step: name, launches and milliseconds per step.
+
+    A kernel may be there, waiting, before the one in front has ended: only what comes after that end counts.
+    """
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    rows = [
-        {"kernel": e.key[:90], "launches": e.count / steps, "ms": e.self_device_time_total / 1e3 / steps}
-        for e in profiler.key_averages()
-        if e.self_device_time_total
+    launches, microseconds = Counter[str](), Counter[str]()
+    ended = 0.0
+    on_device = (e for e in profiler.events() or () if e.device_type.name == "CUDA")
+    for event in sorted(on_device, key=lambda e: e.time_range.end):
+        name, span = event.name[:90], event.time_range
+        launches[name] += 1
+        microseconds[name] += max(span.end - max(span.start, ended), 0)
+        ended = span.end
+    return [
+        {"kernel": name, "launches": launches[name] / steps, "ms": total / 1e3 / steps}
+        for name, total in microseconds.most_common(most)
     ]
-    return sorted(rows, key=lambda row: -row["ms"])[:most]
