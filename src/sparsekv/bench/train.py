@@ -89,6 +89,7 @@ def bench_step(
     shape: Shape, *, batch: int, tokens: int, device: torch.device, dtype: torch.dtype, kernels: int = 0
 ) -> dict[str, Any]:
     """Milliseconds of a whole step, timed or, for a large model, extrapolated from two smaller depths."""
+    torch.compiler.reset()  # another shape's graphs would count towards the limit of each layer's code
     whole = 2 * shape.layers * shape.layer_weights <= WHOLE_BYTES
     timed = {
         layers: _timed_step(
@@ -116,7 +117,6 @@ def bench_step(
 def _timed_step(
     shape: Shape, batch: int, tokens: int, *, device: torch.device, dtype: torch.dtype, kernels: int
 ) -> dict[str, Any]:
-    torch.compiler.reset()
     model = random_model(shape, context=tokens, device=device, dtype=dtype)
     attach(model, policy="dms", window=WINDOW)
     ids = torch.randint(0, shape.vocabulary, (batch, tokens), device=device)
