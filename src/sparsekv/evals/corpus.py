@@ -92,6 +92,18 @@ def load_documents(names: Sequence[str]) -> tuple[list[str], list[str]]:
     return training, held_out
 
 
+def other_documents(names: Sequence[str], *, trained_on: Sequence[str]) -> dict[str, list[str]]:
+    """Texts of other domains by name: all of each, or the held-out part of one that was trained on.
+
+    Raises ValueError for a text that cannot be read.
+    """
+    found = {}
+    for name in names:
+        training, held_out = load_documents([name])
+        found[name] = held_out if name in trained_on else training + held_out
+    return found
+
+
 def _documents(name: str) -> list[str]:
     path = Path(name)
     if not path.exists():

@@ -1,12 +1,13 @@
 """evaluate: what a ratio costs a model, each score beside the ratio that was measured while it was taken.
 
-Perplexity over the model's own dense perplexity, KL(dense || sparse) in nats per token, how often the most likely token
-is the same, and retrieval; everything teacher-forced through the attached policy (forward.py says how).
+Held-out text of the training's domain, texts of other domains and longer rows (perplexity.py), and retrieval
+(retrieval.py), everything through the attached policy (forward.py says how).
 """
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,16 +15,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsekv import dms
 from sparsekv.evals import retrieval
 from sparsekv.evals.corpus import Corpus
 from sparsekv.evals.forward import Reading, read
 from sparsekv.evals.items import ItemBuilder
+from sparsekv.evals.perplexity import TextRows, TextScore
 from sparsekv.evals.settings import EvaluationConfig
 from sparsekv.modeling import modes
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.states import SplitModel
 from sparsekv.policies.dms import DMSPolicy
+from sparsekv.retrofit.calibrate import calibrate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,30 +37,19 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
-    """What one point costs."""
+class Score(TextScore):
+    """What one point costs: on the held-out text, and"""
 
     asked: float | None
-    offset: float | None
-    """-inf is written as null in JSON."""
-    ratio: float
-    """Tokens seen / tokens held at the end of the texts, the window counted."""
-    perplexity: float
-    perplexity_dense: float
-    divergence: float
-    """KL(dense || sparse), nats per token."""
-    agreement: float
-    """The share of positions whose most likely token is dense's."""
+    others: dict[str, TextScore]
+    """By other text, and by length ("4096 tokens") of the held-out one."""
     retrieval: dict[str, dict]
     """By kind; see retrieval.summarise."""
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        values = asdict(self)
-        if self.offset is not None and math.isinf(self.offset):
-            values["offset"] = None
-        return values
+        return _finite(asdict(self))
 
 
 def evaluate(
@@ -68,18 +59,19 @@ def evaluate(
     documents: Sequence[str],
     points: Sequence[Point],
     settings: EvaluationConfig,
-    through: str = "cache",
+    others: Mapping[str, Sequence[str]] | None = None,
     on_score: Callable[[Score], None] = lambda score: None,
 ) -> list[Score]:
     """Measure an attached model at each point, in order, until the seconds are spent; at least one point is measured.
 
-    documents: plain text that no training has seen. through: "cache" or "mask". on_score: called after each point.
+    documents: plain text that no training has seen. others: by name, texts of other domains (corpus.other_documents).
+    on_score: called after each point.
 
     Raises ValueError for a model that is not attached, an offset for a policy that has none, or documents shorter than
     the lengths asked for.
     """
     deadline = time.monotonic() + settings.seconds
-    bench = _Bench(model, tokenizer, documents, settings=settings, through=through)
+    bench = _Bench(model, tokenizer, documents, others or {}, settings)
     scores: list[Score] = []
     for point in points:
         if scores and time.monotonic() > deadline:
@@ -91,8 +83,14 @@ def evaluate(
 
 def describe(score: Score) -> str:
     """One line about a score."""
-    line = f"ratio {score.ratio:.2f}  perplexity {score.perplexity:.3f} "
-    line += f"({score.perplexity / score.perplexity_dense - 1:+.2%})  divergence {score.divergence:.4f}"
+
+    def cost(text: TextScore) -> str:
+        return f"{text.perplexity / text.perplexity_dense - 1:+.2%}"
+
+    line = f"ratio {score.ratio:.2f}  perplexity {score.perplexity:.3f} ({cost(score)})"
+    line += f"  divergence {score.divergence:.4f}"
+    for name, text in score.others.items():
+        line += f"  {name} {cost(text)} at {text.ratio:.2f}"
     for kind, cell in score.retrieval.items():
         pairs = zip(cell["accuracy"].values(), cell["dense"].values(), strict=True)
         line += f"  {kind} " + "/".join(f"{ours:.2f} of {dense:.2f}" for ours, dense in pairs)
@@ -107,83 +105,89 @@ class _Bench:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         documents: Sequence[str],
-        *,
+        others: Mapping[str, Sequence[str]],
         settings: EvaluationConfig,
-        through: str,
     ) -> None:
         self.policy = attachment_of(model).policy
-        self.settings, self.through = settings, through
+        self.settings = settings
         with modes.dense(model):
             self.split = SplitModel(model)
         corpus = Corpus(documents, tokenizer)
-        rows = corpus.rows(settings.rows, settings.length).to(next(model.parameters()).device)
+        self.held_out = self._rows(corpus, settings.length)
+        self.others = {name: self._rows(Corpus(texts, tokenizer), settings.length) for name, texts in others.items()}
+        self.longer = {f"{length} tokens": self._rows(corpus, length) for length in settings.long_lengths}
         builder = ItemBuilder(corpus, tokenizer)
-        self.batches = rows.split(settings.batch)
         self.cells = retrieval.retrieval_cells(
-            builder, contexts=settings.contexts, items=settings.items, seed=settings.seed
+            builder, kinds=settings.kinds, contexts=settings.contexts, items=settings.items, seed=settings.seed
         )
         with modes.dense(model):
-            self.dense_hidden = [self._dense(ids).hidden for ids in self.batches]
-            self.dense_right = [self._right(cell, self._dense) for cell in self.cells]
+            self.dense_right = [
+                retrieval.forced(self.split, cell, self._dense, batch=settings.batch) for cell in self.cells
+            ]
 
     def score(self, point: Point) -> Score:
         """Measure one point; the policy's dial is put back afterwards."""
         started = time.monotonic()
-        previous = None
-        if point.offset is not None:
-            if not isinstance(self.policy, DMSPolicy):
-                raise ValueError(f"policy {self.policy.name!r} has no offset to dial; leave out the ratios")
-            previous, self.policy.offset = self.policy.offset, point.offset
-        try:
-            sums, seen, held = self._texts()
-            answers = [self._right(cell, self._read) for cell in self.cells]
-        finally:
-            if previous is not None:
-                assert isinstance(self.policy, DMSPolicy)
-                self.policy.offset = previous
-        positions = seen - len(torch.cat(self.batches))
+        offset = self._offset(self.held_out, point)
+        others = {name: self._text(rows, self._offset(rows, point)) for name, rows in self.others.items()}
+        others |= {name: self._text(rows, offset) for name, rows in self.longer.items()}
+        with self._dialled(offset):
+            answers = [self._answers(cell) for cell in self.cells]
         return Score(
+            **asdict(self._text(self.held_out, offset)),
             asked=point.asked,
-            offset=point.offset,
-            ratio=seen / held,
-            perplexity=math.exp(sums[0] / positions),
-            perplexity_dense=math.exp(sums[1] / positions),
-            divergence=sums[2] / positions,
-            agreement=sums[3] / positions,
+            others=others,
             retrieval=retrieval.summarise(self.cells, answers, self.dense_right),
             seconds=round(time.monotonic() - started, 2),
         )
 
-    def _texts(self) -> tuple[list[float], int, float]:
-        """(sums over predicted positions of nll, dense nll, divergence and agreement; tokens seen; tokens held)."""
-        sums = torch.zeros(4, dtype=torch.float64)
-        seen, held = 0, 0.0
-        for ids, dense_hidden in zip(self.batches, self.dense_hidden, strict=True):
-            reading = self._read(ids)
-            seen, held = seen + reading.seen, held + reading.held
-            parts = (x[:, :-1].flatten(0, 1) for x in (reading.hidden, dense_hidden))
-            for sparse, dense, following in self.split.chunks(*parts, ids[:, 1:].flatten()):
-                sums += self._compare(sparse, dense, following)
-        return sums.tolist(), seen, held
+    def _rows(self, corpus: Corpus, length: int) -> TextRows:
+        count = max(1, self.settings.rows * self.settings.length // length)
+        rows = corpus.rows(min(count, self.settings.rows), length).to(next(self.split.model.parameters()).device)
+        return TextRows(self.split, rows, batch=self.settings.batch)
 
-    @torch.no_grad()
-    def _compare(self, sparse: Tensor, dense: Tensor, following: Tensor) -> Tensor:
-        ours, theirs = self.split.logits(sparse).float(), self.split.logits(dense).float()
-        cross_entropy = torch.nn.functional.cross_entropy
-        sums = (
-            cross_entropy(ours, following, reduction="sum"),
-            cross_entropy(theirs, following, reduction="sum"),
-            dms.kl_teacher_student(theirs, ours).sum(),
-            (ours.argmax(-1) == theirs.argmax(-1)).sum(),
-        )
-        return torch.stack([x.double() for x in sums]).cpu()
+    def _offset(self, text: TextRows, point: Point) -> float | None:
+        """The point's, or one at which this text has the ratio asked for."""
+        dialled = self.settings.same_ratio and point.asked is not None and point.asked > 1
+        if not dialled or not isinstance(self.policy, DMSPolicy):
+            return point.offset
+        batch, through = self.settings.batch, self.settings.through
+        model = self.split.model
+        return calibrate(model, text.rows, targets=[point.asked or 1], batch=batch, through=through)[0].offset
+
+    def _text(self, text: TextRows, offset: float | None) -> TextScore:
+        with self._dialled(offset):
+            return text.score(self._read, offset=offset)
+
+    def _answers(self, cell: retrieval.Cell) -> list[bool]:
+        if self.settings.answers == "generated":
+            return retrieval.generated(self.split, cell, batch=self.settings.batch)
+        return retrieval.forced(self.split, cell, self._read, batch=self.settings.batch)
 
     def _read(self, ids: Tensor) -> Reading:
-        return read(self.split, ids, through=self.through)
+        return read(self.split, ids, through=self.settings.through)
 
     def _dense(self, ids: Tensor) -> Reading:
         with torch.no_grad():
             return Reading(hidden=self.split.hidden(ids), seen=ids.numel(), held=float(ids.numel()))
 
-    def _right(self, cell: retrieval.Cell, reader: Callable[[Tensor], Reading]) -> list[bool]:
-        return retrieval.right(self.split, cell, reader, batch=self.settings.batch)
+    @contextmanager
+    def _dialled(self, offset: float | None) -> Iterator[None]:
+        """Within, the policy's dial stands at `offset`."""
+        if offset is None:
+            yield
+            return
+        if not isinstance(self.policy, DMSPolicy):
+            raise ValueError(f"policy {self.policy.name!r} has no offset to dial; leave out the ratios")
+        previous, self.policy.offset = self.policy.offset, offset
+        try:
+            yield
+        finally:
+            self.policy.offset = previous
+
+
+def _finite(value: Any) -> Any:
+    """Minus infinity, an offset that marks nothing, as null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and math.isinf(value) else value

@@ -1,7 +1,7 @@
 """A teacher-forced forward of whole texts under an attached policy, with what the cache holds at their end.
 
-Two ways that the tests prove equal: through the real SparseCache, tokens held as its allocator counts them; or without
-a cache, the policy's marks as a mask (fast on a GPU), tokens held by the rule of the window:
+Two ways that the tests prove equal: through the real SparseCache in chunks, tokens held as its allocator counts them;
+or without a cache, the policy's marks as a mask, tokens held by the rule of the window:
 token k of S is gone iff it is marked and k < S - window.
 """
 
@@ -14,12 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv import dms
+from sparsekv.evals.settings import THROUGH
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.cache import SparseCache
 from sparsekv.modeling.states import SplitModel
 from sparsekv.policies import Policy, Step
 
-THROUGH = ("cache", "mask")
+CHUNK = 2048
+"""Tokens of a row that one forward gives to the cache: of a long row only these are ever held densely."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ def read(split: SplitModel, ids: Tensor, *, through: str) -> Reading:
         raise ValueError(f"through is {through!r}; use one of {', '.join(THROUGH)}")
     if through == "cache":
         cache = SparseCache(split.model)
-        hidden = split.hidden(ids, cache=cache)
+        hidden = torch.cat([split.hidden(part, cache=cache) for part in ids.split(CHUNK, dim=1)], dim=1)
         return Reading(hidden=hidden, seen=ids.numel(), held=cache.stats().tokens_held)
     with recorded_marks(split.model) as recorded:
         hidden = split.hidden(ids)

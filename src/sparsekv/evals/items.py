@@ -39,6 +39,8 @@ class Item:
     """int32 [length]; the last answer ends at or near the end."""
     answers: list[tuple[int, int]]
     """[first, last + 1) of each answer's tokens."""
+    depth: float
+    """Where the first of the facts asked for is told: 0 at the beginning of the text, 1 at its end."""
 
 
 class ItemBuilder:
@@ -72,11 +74,13 @@ class ItemBuilder:
         cuts = hay.cuts if len(hay.cuts) else np.array([0])
         places = rng.choice(cuts, size=len(facts))
         order = np.argsort(places, kind="stable")
-        needles = told if ordered else [told[i] for i in rng.permutation(len(told))]
-        body = _strew(hay.ids, places[order], needles)
+        turn = list(range(len(told))) if ordered else rng.permutation(len(told)).tolist()
+        places = places[order]
+        body = _strew(hay.ids, places, [told[i] for i in turn])
         start = len(head) + len(body)
         ids = np.concatenate([np.asarray(x, dtype=np.int32) for x in (head, body, tail)])
-        return Item(ids=ids, answers=[(start + a, start + b) for a, b in spans])
+        depth = float(places[turn.index(asked[0])]) / room
+        return Item(ids=ids, answers=[(start + a, start + b) for a, b in spans], depth=depth)
 
     def _frame(self, facts: list[Fact], style: str) -> tuple[list[int], list[int], list[tuple[int, int]]]:
         """(tokens before the text, tokens after it, where the answers lie in the latter)."""

@@ -1,23 +1,32 @@
-"""Retrieval, teacher-forced: an item is right iff every token of its answer is the most likely one.
+"""Retrieval: an item is right iff every token of its answer is the most likely one, teacher-forced in one forward or
+generated token by token through the real cache.
 
 pass key   the best known template, which training also uses (in text that it does not)
 unseen     templates and words that training never uses
+look-up    eight entries of one such template with a key, one of them asked for
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
 
 from sparsekv.evals.forward import Reading
 from sparsekv.evals.items import Item, ItemBuilder
-from sparsekv.evals.templates import PASS_KEY, UNSEEN
+from sparsekv.evals.templates import LOOK_UP, PASS_KEY, UNSEEN
+from sparsekv.modeling.cache import SparseCache
 from sparsekv.modeling.states import SplitModel
 
-KINDS = ("pass key", "unseen")
+KINDS = ("pass key", "unseen", "look-up")
+ENTRIES = 8
+"""Of a look-up."""
+TOKENS_PER_ENTRY = 64
+"""Short contexts get fewer."""
+DEPTHS = ("first quarter", "second quarter", "third quarter", "last quarter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +38,19 @@ class Cell:
     items: list[Item]
 
 
-def retrieval_cells(builder: ItemBuilder, *, contexts: Sequence[int], items: int, seed: int) -> list[Cell]:
-    """One fact an item, at random depth; the pass key always in the style "lead", the unseen facts in each in turn."""
+def retrieval_cells(
+    builder: ItemBuilder, *, kinds: Sequence[str], contexts: Sequence[int], items: int, seed: int
+) -> list[Cell]:
+    """At random depth, one question an item; the pass key always in the style "lead", the others in each in turn.
+
+    Raises ValueError for an unknown kind.
+    """
     cells = []
-    for kind_index, kind in enumerate(KINDS):
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"kinds has {kind!r}; retrieval is one of {', '.join(KINDS)}")
         for context in contexts:
-            rng = np.random.default_rng((seed, kind_index, context))
+            rng = np.random.default_rng((seed, KINDS.index(kind), context))
             built = [_item(builder, rng, kind, context, i) for i in range(items)]
             cells.append(Cell(kind=kind, context=context, items=built))
     return cells
@@ -43,14 +59,15 @@ def retrieval_cells(builder: ItemBuilder, *, contexts: Sequence[int], items: int
 def _item(builder: ItemBuilder, rng: np.random.Generator, kind: str, context: int, index: int) -> Item:
     if kind == "pass key":
         return builder.build(rng, PASS_KEY.facts(rng, 1), asked=[0], length=context, style="lead")
-    facts = UNSEEN[index % len(UNSEEN)].facts(rng, 1, unseen=True)
-    style = builder.styles[index // len(UNSEEN) % len(builder.styles)]
+    templates, count = (LOOK_UP, min(ENTRIES, context // TOKENS_PER_ENTRY)) if kind == "look-up" else (UNSEEN, 1)
+    facts = templates[index % len(templates)].facts(rng, count, unseen=True)
+    style = builder.styles[index // len(templates) % len(builder.styles)]
     return builder.build(rng, facts, asked=[0], length=context, style=style)
 
 
 @torch.no_grad()
-def right(split: SplitModel, cell: Cell, read: Callable[[Tensor], Reading], *, batch: int) -> list[bool]:
-    """Which items of a cell are answered right. read: ids int64 [B, S] -> Reading."""
+def forced(split: SplitModel, cell: Cell, read: Callable[[Tensor], Reading], *, batch: int) -> list[bool]:
+    """Which items of a cell are answered right, teacher-forced. read: ids int64 [B, S] -> Reading."""
     device = next(split.model.parameters()).device
     results: list[bool] = []
     for start in range(0, len(cell.items), batch):
@@ -65,19 +82,58 @@ def right(split: SplitModel, cell: Cell, read: Callable[[Tensor], Reading], *, b
     return results
 
 
+@torch.no_grad()
+def generated(split: SplitModel, cell: Cell, *, batch: int) -> list[bool]:
+    """Which items of a cell are answered right by greedy decoding through a SparseCache after the text before the
+    answer."""
+    results: list[bool] = []
+    for start in range(0, len(cell.items), batch):
+        items = cell.items[start : start + batch]
+        spans = [item.answers[0] for item in items]
+        prompts = [torch.from_numpy(item.ids[:first].astype(np.int64)) for item, (first, _) in zip(items, spans, strict=True)]
+        new = _continue(split, prompts, tokens=max(last - first for first, last in spans))
+        for item, (first, last), answer in zip(items, spans, new.tolist(), strict=True):
+            results.append(answer[: last - first] == item.ids[first:last].tolist())
+    return results
+
+
+def _continue(split: SplitModel, prompts: list[Tensor], *, tokens: int) -> Tensor:
+    """Greedy continuations of prompts of different lengths, padded on the left: int64 [prompts, tokens]."""
+    device = next(split.model.parameters()).device
+    ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
+    mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left").to(device)
+    out = split.model.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=SparseCache(split.model),
+        generation_config=GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0),
+    )
+    assert isinstance(out, Tensor)
+    return torch.nn.functional.pad(out[:, ids.shape[1] :], (0, tokens - out.shape[1] + ids.shape[1]), value=-1)
+
+
 def summarise(cells: Sequence[Cell], answers: Sequence[list[bool]], dense: Sequence[list[bool]]) -> dict[str, dict]:
     """By kind: accuracy and dense accuracy at each context; share_of_dense, the ratio of the two over all contexts
-    (None where dense gets nothing right); kept, the part of dense's right answers that stays right."""
-    summary: dict[str, dict] = defaultdict(lambda: {"accuracy": {}, "dense": {}})
-    counts: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3, dtype=int))
-    for cell, ours, theirs in zip(cells, answers, dense, strict=True):
-        if not ours:
-            continue
-        summary[cell.kind]["accuracy"][str(cell.context)] = round(sum(ours) / len(ours), 4)
-        summary[cell.kind]["dense"][str(cell.context)] = round(sum(theirs) / len(theirs), 4)
-        both = sum(a and b for a, b in zip(ours, theirs, strict=True))
-        counts[cell.kind] += np.array([sum(ours), sum(theirs), both])
-    for kind, (ours, theirs, both) in counts.items():
-        summary[kind]["share_of_dense"] = round(ours / theirs, 4) if theirs else None
-        summary[kind]["kept"] = round(both / theirs, 4) if theirs else None
-    return dict(summary)
+    (None where dense gets nothing right); kept, the part of dense's right answers that stays right; by_depth, that
+    part for facts told in each quarter of the text."""
+    summary: dict[str, dict] = {}
+    for kind in dict.fromkeys(cell.kind for cell in cells if cell.items):
+        chosen = [i for i, cell in enumerate(cells) if cell.kind == kind]
+        depth = np.array([item.depth for i in chosen for item in cells[i].items])
+        ours, theirs = (np.array([right for i in chosen for right in side[i]]) for side in (answers, dense))
+        quarter = np.minimum((4 * depth).astype(int), 3)
+        summary[kind] = {
+            "accuracy": {str(cells[i].context): round(float(np.mean(answers[i])), 4) for i in chosen},
+            "dense": {str(cells[i].context): round(float(np.mean(dense[i])), 4) for i in chosen},
+            "share_of_dense": _share(ours.sum(), theirs.sum()),
+            "kept": _share((ours & theirs).sum(), theirs.sum()),
+            "by_depth": {
+                name: _share((ours & theirs)[quarter == i].sum(), theirs[quarter == i].sum())
+                for i, name in enumerate(DEPTHS)
+            },
+        }
+    return summary
+
+
+def _share(part: float, whole: float) -> float | None:
+    return round(float(part / whole), 4) if whole else None

@@ -1,21 +1,37 @@
-"""How much is measured."""
+"""How much is measured, and how."""
 
 from dataclasses import dataclass, field
+
+THROUGH = ("cache", "mask")
+ANSWERS = ("forced", "generated")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Perplexity and divergence on `rows` held-out texts of `length` tokens, retrieval on `items` items of each kind at
-    each context length. Raises ValueError for values that measure nothing."""
+    """Perplexity and divergence on `rows` held-out texts of `length` tokens, and as many of each other text; retrieval
+    on `items` items of each kind at each context. Raises ValueError for values that measure nothing."""
 
     ratios: list[float] = field(default_factory=lambda: [2.0, 4.0, 8.0])
     """Compression ratios to ask for; dense is always measured."""
     rows: int = 24
     length: int = 2048
     """Tokens per text."""
+    other_texts: list[str] = field(default_factory=list)
+    """Texts of other domains, as in `data`: each measured beside the held-out part of the training's."""
+    long_lengths: list[int] = field(default_factory=list)
+    """Further lengths of held-out text, such as 2 and 4 times the training's, with as many tokens in all."""
+    same_ratio: bool = False
+    """Dial an offset for each text until the ratio measured on it is the one asked for; otherwise the adapter's offset
+    serves all of them, and each has the ratio that comes of it."""
     items: int = 24
     contexts: list[int] = field(default_factory=lambda: [1024, 2048, 4096])
     """Lengths of the retrieval items, in tokens."""
+    kinds: list[str] = field(default_factory=lambda: ["pass key", "unseen"])
+    """Of retrieval: pass key, unseen, look-up; see retrieval.py."""
+    answers: str = "forced"
+    """How retrieval is read: teacher-forced in one forward, or generated token by token."""
+    through: str = "cache"
+    """The real cache, or the same rule as a mask; see forward.py."""
     batch: int = 8
     """Texts of one forward."""
     seconds: float = 600.0
@@ -31,5 +47,12 @@ class EvaluationConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; use at least {least}")
         if min(self.contexts, default=128) < 128:
             raise ValueError(f"contexts has {min(self.contexts)} tokens; facts and questions need 128 or more")
+        if min(self.long_lengths, default=2) < 2:
+            raise ValueError(f"long_lengths has {min(self.long_lengths)}; use at least 2 tokens")
+        for name, value, known in (("through", self.through, THROUGH), ("answers", self.answers, ANSWERS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")
+        if self.answers == "generated" and self.through == "mask":
+            raise ValueError("generated answers come out of the real cache; use through: cache")
         if not self.seconds > 0:
             raise ValueError(f"seconds is {self.seconds:g}; use more than 0")

@@ -130,5 +130,5 @@ def _load() -> dict[str, tuple[Template, ...]]:
 
 
 _SECTIONS = _load()
-TRAINING, UNSEEN = _SECTIONS["training"], _SECTIONS["unseen"]
+TRAINING, UNSEEN, LOOK_UP = (_SECTIONS[name] for name in ("training", "unseen", "look-up"))
 PASS_KEY = TRAINING[0]

@@ -1,0 +1,72 @@
+"""What eviction costs on running text: perplexity beside the dense model's, KL(dense || sparse), and how often the most
+likely token is the same, all at the ratio that was measured while it was taken."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsekv import dms
+from sparsekv.evals.forward import Reading
+from sparsekv.modeling import modes
+from sparsekv.modeling.states import SplitModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextScore:
+    """Of one text at one setting of the dial."""
+
+    offset: float | None
+    """On the logits. -inf is written as null in JSON."""
+    ratio: float
+    """Tokens seen / tokens held at the end of the rows, the window counted."""
+    perplexity: float
+    perplexity_dense: float
+    divergence: float
+    """KL(dense || sparse), nats per token."""
+    agreement: float
+    """The share of positions whose most likely token is dense's."""
+
+
+class TextRows:
+    """Rows of a text and what the dense model makes of them. rows: int64 [N, S], on the model's device."""
+
+    def __init__(self, split: SplitModel, rows: Tensor, *, batch: int) -> None:
+        self.split, self.rows, self.batches = split, rows, rows.split(batch)
+        with modes.dense(split.model), torch.no_grad():
+            self.dense = [split.hidden(ids) for ids in self.batches]
+
+    def score(self, read: Callable[[Tensor], Reading], *, offset: float | None) -> TextScore:
+        """read: ids int64 [B, S] -> Reading, at the dial that `offset` says."""
+        sums = torch.zeros(4, dtype=torch.float64)
+        seen, held = 0, 0.0
+        for ids, dense_hidden in zip(self.batches, self.dense, strict=True):
+            reading = read(ids)
+            seen, held = seen + reading.seen, held + reading.held
+            parts = (x[:, :-1].flatten(0, 1) for x in (reading.hidden, dense_hidden))
+            for sparse, dense, following in self.split.chunks(*parts, ids[:, 1:].flatten()):
+                sums += self._compare(sparse, dense, following)
+        ours, theirs, divergence, agreement = (sums / (seen - len(self.rows))).tolist()
+        return TextScore(
+            offset=offset,
+            ratio=seen / held,
+            perplexity=math.exp(ours),
+            perplexity_dense=math.exp(theirs),
+            divergence=divergence,
+            agreement=agreement,
+        )
+
+    @torch.no_grad()
+    def _compare(self, sparse: Tensor, dense: Tensor, following: Tensor) -> Tensor:
+        """Sums over positions of nll, dense nll, divergence and agreement."""
+        ours, theirs = self.split.logits(sparse).float(), self.split.logits(dense).float()
+        cross_entropy = torch.nn.functional.cross_entropy
+        sums = (
+            cross_entropy(ours, following, reduction="sum"),
+            cross_entropy(theirs, following, reduction="sum"),
+            dms.kl_teacher_student(theirs, ours).sum(),
+            (ours.argmax(-1) == theirs.argmax(-1)).sum(),
+        )
+        return torch.stack([x.double() for x in sums]).cpu()
