@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ import torch
 import sparsekv
 import tiny
 from helpers import tiny_model, tokens
+from sparsekv.evals import retrieval
+from sparsekv.evals.corpus import Corpus
 from sparsekv.evals.evaluate import Point, describe, evaluate
 from sparsekv.evals.forward import read
+from sparsekv.evals.items import Item, ItemBuilder
 from sparsekv.evals.settings import EvaluationConfig
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.states import SplitModel
@@ -26,9 +30,10 @@ def model():
     return built
 
 
-def scores(model, points, *, through="mask", settings=SETTINGS):
+def scores(model, points, *, settings=SETTINGS, others=None, **changes):
     documents = [tiny.text(900, seed=3)]
-    return evaluate(model, tiny.tokenizer(), documents=documents, points=points, settings=settings, through=through)
+    settings = replace(settings, **({"through": "mask"} | changes))
+    return evaluate(model, tiny.tokenizer(), documents=documents, points=points, settings=settings, others=others)
 
 
 @pytest.mark.parametrize("through", ["mask", "cache"])
@@ -74,6 +79,42 @@ def test_other_policies_are_measured_too() -> None:
         scores(model, [Point(offset=0.0)])
 
 
+def test_other_texts_and_longer_rows_are_measured_side_by_side(model) -> None:
+    other = {"other": [tiny.text(900, seed=4)]}
+    (score,) = scores(model, [Point(asked=2.0, offset=0.0)], others=other, long_lengths=[192])
+    assert set(score.others) == {"other", "192 tokens"}
+    assert score.others["192 tokens"].ratio > score.ratio  # the window weighs less
+    assert score.others["other"].perplexity_dense != score.perplexity_dense
+    assert score.others["other"].offset == score.offset == 0
+    assert "other" in describe(score)
+    (alone,) = scores(model, [Point(asked=2.0, offset=0.0)])
+    assert (alone.perplexity, alone.retrieval) == (score.perplexity, score.retrieval)
+
+
+def test_each_text_can_be_dialled_to_the_ratio_asked_for(model) -> None:
+    other = {"other": [tiny.text(900, seed=4)]}
+    (score,) = scores(model, [Point(asked=3.0, offset=0.0)], others=other, same_ratio=True)
+    assert score.ratio == pytest.approx(3, rel=0.05)
+    assert score.others["other"].ratio == pytest.approx(3, rel=0.05)
+    assert attachment_of(model).policy.offset == 0
+
+
+def test_generated_answers_are_the_forced_ones(model) -> None:
+    split = SplitModel(model)
+    builder = ItemBuilder(Corpus([tiny.text(900, seed=3)], tiny.tokenizer()), tiny.tokenizer())
+    for cell in retrieval.retrieval_cells(builder, kinds=["pass key", "look-up"], contexts=[256], items=4, seed=0):
+        for item in cell.items[1:3]:
+            answer_as_the_model_would(split, item)
+        forced = retrieval.forced(split, cell, lambda ids: read(split, ids, through="cache"), batch=2)
+        assert retrieval.generated(split, cell, batch=3) == forced == [False, True, True, False]
+
+
+def answer_as_the_model_would(split: SplitModel, item: Item) -> None:
+    for at in range(*item.answers[0]):
+        ids = torch.from_numpy(item.ids[:at].astype("int64"))[None]
+        item.ids[at] = split.logits(read(split, ids, through="cache").hidden[0, -1]).argmax()
+
+
 def test_time_is_bounded(model) -> None:
     settings = EvaluationConfig(rows=1, length=32, items=0, seconds=1e-9)
     assert len(scores(model, [Point(offset=0.0)] * 3, settings=settings)) == 1
@@ -101,7 +142,14 @@ def test_a_model_that_scales_its_logits_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"ratios": [0.5]}, "ratios has 0.5"), ({"rows": 0}, "rows is 0"), ({"contexts": [5]}, "contexts has 5 tokens")],
+    [
+        ({"ratios": [0.5]}, "ratios has 0.5"),
+        ({"rows": 0}, "rows is 0"),
+        ({"contexts": [5]}, "contexts has 5 tokens"),
+        ({"through": "air"}, "through is 'air'"),
+        ({"answers": "generated", "through": "mask"}, "use through: cache"),
+        ({"long_lengths": [1]}, "long_lengths has 1"),
+    ],
 )
 def test_settings_that_measure_nothing_are_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

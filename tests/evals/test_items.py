@@ -7,7 +7,7 @@ import tiny
 from sparsekv.evals import templates
 from sparsekv.evals.corpus import Corpus, load_documents
 from sparsekv.evals.items import ItemBuilder
-from sparsekv.evals.retrieval import retrieval_cells
+from sparsekv.evals.retrieval import KINDS, retrieval_cells
 
 TOKENIZER = tiny.tokenizer()
 CORPUS = Corpus([tiny.text(1500, seed=9), tiny.text(700, seed=10)], TOKENIZER)
@@ -34,8 +34,19 @@ def test_depth_is_random() -> None:
     for seed in range(40):
         item = BUILDER.build(np.random.default_rng(seed), fact, asked=[0], length=600, style="lead")
         depths.append(TOKENIZER.decode(item.ids).index(fact[0].statement))
+        assert 0 <= item.depth <= 1
+        assert item.depth == pytest.approx(depths[-1] / 2600, abs=0.25)
     assert min(depths) < 400
     assert max(depths) > 1500
+
+
+def test_a_look_up_asks_for_one_of_many_entries() -> None:
+    (cell,) = retrieval_cells(BUILDER, kinds=["look-up"], contexts=[600], items=6, seed=0)
+    for item, template in zip(cell.items, templates.LOOK_UP * 2, strict=True):
+        before = TOKENIZER.decode(item.ids[: item.answers[0][0]])
+        assert before.count(template.statement.split("{")[0]) >= 5
+    with pytest.raises(ValueError, match="kinds has 'needle'"):
+        retrieval_cells(BUILDER, kinds=["needle"], contexts=[600], items=1, seed=0)
 
 
 def test_too_many_facts_for_the_length_are_refused() -> None:
@@ -55,8 +66,8 @@ def test_a_chain_is_told_in_order_and_ends_at_the_first_number() -> None:
 
 
 def test_every_template_asks_for_what_it_tells() -> None:
-    for template in (*templates.TRAINING, *templates.UNSEEN):
-        for fact in template.facts(np.random.default_rng(3), 3, unseen=template in templates.UNSEEN):
+    for template in (*templates.TRAINING, *templates.UNSEEN, *templates.LOOK_UP):
+        for fact in template.facts(np.random.default_rng(3), 3, unseen=template not in templates.TRAINING):
             assert fact.answer in fact.statement
             assert fact.answer not in fact.question
             assert "{" not in fact.statement + fact.question + fact.lead
@@ -69,8 +80,9 @@ def test_facts_of_a_template_do_not_contradict_each_other() -> None:
 
 
 def test_evaluation_shares_no_template_and_no_word_with_training() -> None:
-    assert not {t.statement for t in templates.TRAINING} & {t.statement for t in templates.UNSEEN}
-    assert not {t.family for t in templates.TRAINING} & {t.family for t in templates.UNSEEN}
+    unseen = (*templates.UNSEEN, *templates.LOOK_UP)
+    assert not {t.statement for t in templates.TRAINING} & {t.statement for t in unseen}
+    assert not {t.family for t in templates.TRAINING} & {t.family for t in unseen}
     rng = np.random.default_rng(0)
     name = next(t for t in templates.TRAINING if t.statement == "{name} lives in {city}.")
     seen, unseen = (
@@ -82,7 +94,11 @@ def test_evaluation_shares_no_template_and_no_word_with_training() -> None:
 
 def test_cells_are_the_same_for_a_seed_and_differ_between_seeds() -> None:
     def ids(seed: int) -> list[list[int]]:
-        return [i.ids.tolist() for c in retrieval_cells(BUILDER, contexts=[300], items=3, seed=seed) for i in c.items]
+        return [
+            i.ids.tolist()
+            for c in retrieval_cells(BUILDER, kinds=KINDS, contexts=[300], items=3, seed=seed)
+            for i in c.items
+        ]
 
     assert ids(0) == ids(0)
     assert ids(0) != ids(1)

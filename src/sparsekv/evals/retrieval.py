@@ -8,6 +8,7 @@ look-up    eight entries of one such template with a key, one of them asked for
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,9 @@ def generated(split: SplitModel, cell: Cell, *, batch: int) -> list[bool]:
     for start in range(0, len(cell.items), batch):
         items = cell.items[start : start + batch]
         spans = [item.answers[0] for item in items]
-        prompts = [torch.from_numpy(item.ids[:first].astype(np.int64)) for item, (first, _) in zip(items, spans, strict=True)]
+        prompts = [
+            torch.from_numpy(item.ids[:first].astype(np.int64)) for item, (first, _) in zip(items, spans, strict=True)
+        ]
         new = _continue(split, prompts, tokens=max(last - first for first, last in spans))
         for item, (first, last), answer in zip(items, spans, new.tolist(), strict=True):
             results.append(answer[: last - first] == item.ids[first:last].tolist())
@@ -99,16 +102,16 @@ def generated(split: SplitModel, cell: Cell, *, batch: int) -> list[bool]:
 
 def _continue(split: SplitModel, prompts: list[Tensor], *, tokens: int) -> Tensor:
     """Greedy continuations of prompts of different lengths, padded on the left: int64 [prompts, tokens]."""
+    model: Any = split.model
     device = next(split.model.parameters()).device
     ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
     mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left").to(device)
-    out = split.model.generate(
+    out: Tensor = model.generate(
         ids,
         attention_mask=mask,
         past_key_values=SparseCache(split.model),
         generation_config=GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0),
     )
-    assert isinstance(out, Tensor)
     return torch.nn.functional.pad(out[:, ids.shape[1] :], (0, tokens - out.shape[1] + ids.shape[1]), value=-1)
 
 

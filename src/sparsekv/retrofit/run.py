@@ -13,13 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsekv.evals.corpus import Corpus, load_documents
+from sparsekv.evals.corpus import Corpus, load_documents, other_documents
 from sparsekv.evals.evaluate import Point, Score, describe, evaluate
 from sparsekv.modeling.adapter import CONFIG_FILE, read_adapter, save_adapter
 from sparsekv.modeling.attach import attach
@@ -51,7 +52,6 @@ def run(config: RetrofitConfig, *, say: Say = lambda text: print(text, file=sys.
         say(f"Training {config.steps} steps to ratio {config.final_cr:g} on {device_name(model)}")
         _train(model, tokenizer, training, config)
     adapter = load_heads(output, model)
-    through = "mask" if next(model.parameters()).is_cuda else "cache"
     if not adapter.offsets:
         say(f"Calibrating at {config.calibration.length} tokens")
         fill_table(
@@ -65,7 +65,7 @@ def run(config: RetrofitConfig, *, say: Say = lambda text: print(text, file=sys.
         )
     if config.evaluation is not None:
         say("Evaluating on held-out text")
-        _evaluate(model, tokenizer, held_out, config, through=through, say=say)
+        _evaluate(model, tokenizer, held_out, config, say=say)
     adapter = read_adapter(output)[0]
     results = json.loads((output / EVAL_FILE).read_text()) if (output / EVAL_FILE).exists() else None
     (output / CARD_FILE).write_text(model_card(adapter, config, results), encoding="utf-8")
@@ -142,7 +142,6 @@ def _evaluate(
     held_out: list[str],
     config: RetrofitConfig,
     *,
-    through: str,
     say: Say,
 ) -> None:
     settings = config.evaluation
@@ -155,15 +154,16 @@ def _evaluate(
 
     def keep(score: Score) -> None:
         scores.append(score.to_dict())
-        about = {"model": config.model, "texts": config.texts, "through": through, "date": started}
-        settings_used = {"rows": settings.rows, "length": settings.length, "items": settings.items}
+        about = {"model": config.model, "texts": config.texts, "through": settings.through, "date": started}
+        settings_used = asdict(settings)
         results = (
             about | provenance(model, config) | {"seed": settings.seed, "settings": settings_used, "scores": scores}
         )
         (Path(config.output) / EVAL_FILE).write_text(json.dumps(results, indent=1) + "\n")
         say("  " + describe(score))
 
-    evaluate(model, tokenizer, documents=held_out, points=points, settings=settings, through=through, on_score=keep)
+    others = other_documents(settings.other_texts, trained_on=config.texts)
+    evaluate(model, tokenizer, documents=held_out, points=points, settings=settings, others=others, on_score=keep)
 
 
 def provenance(model: PreTrainedModel, config: RetrofitConfig) -> dict[str, Any]:
