@@ -28,15 +28,13 @@ def test_align_moves_decisions_to_the_tokens_they_decide():
     assert dms.align(x > 2, 1, fill=False).tolist() == [[False, True, False], [True, True, False]]
 
 
-def test_gate_logits_are_logistic_noise_over_tau():
-    """P(alpha > 1/2) = P(z + g > 0) = sigmoid(z), whatever tau is."""
-    z = torch.full((40_000,), 0.7)
-    for tau in (0.1, 1.0):
-        gate = dms.gate_logits(z, tau=tau, generator=torch.Generator().manual_seed(0))
-        assert float((gate > 0).float().mean()) == pytest.approx(float(torch.tensor(0.7).sigmoid()), abs=0.01)
-        assert float((gate * tau).mean()) == pytest.approx(0.7, abs=0.03)
-        assert float((gate * tau).std()) == pytest.approx(math.pi / math.sqrt(3), abs=0.03)
-    assert torch.isfinite(dms.gate_logits(torch.zeros(10**6), tau=0.1)).all()
+def test_noise_is_logistic():
+    """P(z + g > 0) = sigmoid(z)."""
+    g = dms.logistic((40_000,), generator=torch.Generator().manual_seed(0), device=torch.device("cpu"))
+    assert float((0.7 + g > 0).float().mean()) == pytest.approx(float(torch.tensor(0.7).sigmoid()), abs=0.01)
+    assert float(g.mean()) == pytest.approx(0, abs=0.03)
+    assert float(g.std()) == pytest.approx(math.pi / math.sqrt(3), abs=0.03)
+    assert torch.isfinite(dms.logistic((10**6,), generator=None, device=torch.device("cpu"))).all()
 
 
 def test_log_keep_is_log_of_one_minus_alpha():

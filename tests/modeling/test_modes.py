@@ -56,7 +56,7 @@ def test_soft_gates_of_huge_logits_are_hard_marks(lag):
         out = model(ids).logits
     assert torch.allclose(out, oracle_logits(model, ids, window=WINDOW, lag=lag), **EXACT)
     marks = sparsekv.inspect(model, ids).marks
-    fraction = torch.stack([gate > 0 for gate in gates.gates]).float().mean()
+    fraction = torch.stack([gate > 0 for gate in gates.gates.values()]).float().mean()
     assert len(gates.gates) == 2
     assert gates.gates[0].shape == (LENGTH, 2)
     assert float(fraction) == pytest.approx(float(marks.float().mean()), abs=0.03 * lag + 1e-6)
@@ -67,8 +67,7 @@ def test_soft_gates_are_drawn_anew_unless_seeded():
     model, ids = dms_model(window=WINDOW), tokens(1, LENGTH)
 
     def soft(seed):
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        with modes.soft(model, tau=0.1, generator=generator):
+        with modes.soft(model, tau=0.1, seed=seed):
             return model(ids).logits
 
     assert torch.equal(soft(0), soft(0))
@@ -87,7 +86,7 @@ def test_heads_learn_through_the_soft_gate_alone():
         teacher = model(ids).logits
     with modes.soft(model, tau=0.1) as gates:
         student = model(ids).logits
-    fraction = torch.cat([gate.sigmoid() for gate in gates.gates]).mean()
+    fraction = torch.cat([gate.sigmoid() for gate in gates.gates.values()]).mean()
     (dms.kl_teacher_student(teacher, student).mean() + dms.hinge(fraction, 0.9)).backward()
     for head in sparsekv.heads(model):
         assert torch.isfinite(head.weight.grad).all()

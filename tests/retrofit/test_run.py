@@ -10,6 +10,8 @@ import yaml
 from typer.testing import CliRunner
 
 import sparsekv
+import tiny
+from commands import save_model
 from sparsekv.cli.main import app
 from sparsekv.modeling.adapter import read_adapter
 from sparsekv.modeling.load import load_model
@@ -45,6 +47,53 @@ def test_one_command_leaves_a_finished_adapter(configure: Configure, tmp_path: P
     sparsekv.attach(model, adapter=str(output), cr=2)
     with pytest.raises(ValueError, match="holds a finished adapter"):
         run(config)
+
+
+def test_lora_is_one_folder_and_merges_into_a_plain_model(configure: Configure, tmp_path: Path) -> None:
+    config = configure(max_steps=2, lr=0.05, base_lr=0.05, trainable="lora")
+    output, ids = run(config), torch.arange(40)[None]
+    adapter, state = read_adapter(output)
+    assert (adapter.r, adapter.lora_alpha, len(state)) == (16, 32, 2 * (2 + 7 * 2))
+    model, _ = load_model(config.model, device="cpu")
+    plain = model(ids).logits
+    sparsekv.attach(model, adapter=str(output), cr=2)
+    ours = model(ids).logits
+    done = CliRunner().invoke(app, ["convert", "merged", str(output), str(tmp_path / "merged")])
+    assert done.exit_code == 0, done.output
+    merged, _ = load_model(str(tmp_path / "merged" / "model"), device="cpu")
+    assert not torch.allclose(merged(ids).logits, plain, atol=1e-3)
+    sparsekv.attach(merged, adapter=str(tmp_path / "merged"), cr=2)
+    assert torch.allclose(merged(ids).logits, ours, atol=1e-5)
+    sparsekv.detach(model)
+    assert torch.equal(model(ids).logits, plain)
+    again = CliRunner().invoke(app, ["convert", "merged", str(output), str(tmp_path / "merged")])
+    assert again.exit_code == 2 and "is not empty; name a new folder" in again.output
+    twice = CliRunner().invoke(app, ["convert", "merged", str(tmp_path / "merged"), str(tmp_path / "twice")])
+    assert twice.exit_code == 2 and "has no LoRA to merge" in twice.output
+
+
+def test_all_weights_are_a_plain_model_with_the_heads_beside_it(configure: Configure) -> None:
+    config = configure(max_steps=2, lr=0.05, base_lr=0.05, trainable="all", evaluation=EVALUATION)
+    output, ids = run(config), torch.arange(40)[None]
+    base, _ = load_model(config.model, device="cpu")
+    model, _ = load_model(str(output / "model"), device="cpu")
+    assert read_adapter(output)[0].base_model_name_or_path == str(output / "model")
+    assert not any("eviction" in name for name in model.state_dict())
+    assert not torch.allclose(model(ids).logits, base(ids).logits, atol=1e-3)
+    sparsekv.attach(model, adapter=str(output), cr=2)
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(configure: Configure, tmp_path: Path) -> None:
+    teacher = save_model(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"the teacher .* has another vocabulary \(312 tokens\) than .* \(329\)"):
+        run(configure(teacher=str(teacher)))
+
+
+def test_another_teacher_is_learnt_from(configure: Configure, tmp_path: Path) -> None:
+    teacher = tiny.save(tmp_path / "teacher", seed=1)
+    config = configure(teacher=str(teacher), max_steps=1)
+    first = json.loads((run(config) / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["divergence"] > 0.01  # not the model itself, from which it hardly differs at the start
 
 
 def test_a_run_that_was_stopped_after_training_goes_on_with_its_heads(configure: Configure, monkeypatch) -> None:

@@ -24,7 +24,7 @@ from sparsekv.modeling.attach import attach, heads
 from sparsekv.modeling.compiled import compiled_layers
 from sparsekv.modeling.states import SplitModel
 from sparsekv.ops.gate import gate
-from sparsekv.retrofit.trainer import marked_fraction
+from sparsekv.retrofit.distill import marked_fractions
 
 WINDOW = 64
 TIMED_LAYERS = (4, 8)
@@ -130,7 +130,7 @@ def _timed_step(
         with modes.soft(model, tau=0.1) as gates:
             student = split.hidden(ids)
             loss = split.divergence(teacher, student, dms.kl_teacher_student)
-            loss = loss + dms.hinge(marked_fraction(gates.gates, hard=False), 0.5)
+            loss = loss + dms.hinge(marked_fractions(gates.gates, hard=False).mean(), 0.5)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -20,7 +20,10 @@ _COMMANDS = {
     "calibrate": ("sparsekv.cli.calibrate", "Measure an adapter's table of ratios."),
     "eval": ("sparsekv.cli.eval", "Score a model on tasks, with a cache that forgets."),
     "inspect": ("sparsekv.cli.inspect", "Which head forgot which token of a text, as JSON or one HTML page."),
-    "convert": ("sparsekv.cli.convert", "A checkpoint of NVIDIA's DMS code or of FastDMS into an adapter."),
+    "convert": (
+        "sparsekv.cli.convert",
+        "A checkpoint of other DMS code into an adapter; a LoRA merged into a plain model.",
+    ),
     "bench": ("sparsekv.cli.bench", "Speed, side by side with plain Transformers."),
 }
 """Name -> (module, one line of help)."""

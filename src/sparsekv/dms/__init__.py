@@ -6,7 +6,7 @@ Uses nothing else of sparsekv. Positions count from 0; one logit per token and K
 from sparsekv.dms.heads import EvictionHead, NeuronSource, linear_logits, neuron_logits, zero_neuron_
 from sparsekv.dms.losses import bernoulli_kl, hinge, kl_student_teacher, kl_teacher_student
 from sparsekv.dms.schedule import compression_ratio, target_fraction
-from sparsekv.dms.visibility import align, gate_logits, hard_log_keep, log_keep, marks, visible
+from sparsekv.dms.visibility import align, hard_log_keep, log_keep, logistic, marks, visible
 
 __all__ = [
     "EvictionHead",
@@ -14,13 +14,13 @@ __all__ = [
     "align",
     "bernoulli_kl",
     "compression_ratio",
-    "gate_logits",
     "hard_log_keep",
     "hinge",
     "kl_student_teacher",
     "kl_teacher_student",
     "linear_logits",
     "log_keep",
+    "logistic",
     "marks",
     "neuron_logits",
     "target_fraction",

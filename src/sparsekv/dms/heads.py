@@ -19,12 +19,13 @@ INITIAL_BIAS = -5.0
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """z = W h + b in float32.
+    """z = W h + b in float32, under autocast too.
 
     hidden: [..., hidden_size] any float dtype; weight: [kv_heads, hidden_size]; bias: [kv_heads].
     Returns float32 [..., kv_heads].
     """
-    return torch.nn.functional.linear(hidden.float(), weight.float(), bias.float())
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.nn.functional.linear(hidden.float(), weight.float(), bias.float())
 
 
 def neuron_logits(

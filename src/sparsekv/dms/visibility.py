@@ -32,11 +32,10 @@ def visible(query_position: Tensor, key_position: Tensor, key_mark: Tensor, wind
     return (age >= 0) & (~key_mark | (age < window))
 
 
-def gate_logits(logits: Tensor, *, tau: float, generator: torch.Generator | None = None) -> Tensor:
-    """l = (z + g) / tau, g ~ Logistic(0, 1): the Gumbel-sigmoid's argument. Same shape as logits."""
-    u = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
-    u = u.clamp(1e-6, 1 - 1e-6)
-    return (logits + u.log() - (-u).log1p()) / tau
+def logistic(shape: tuple[int, ...], *, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """g ~ Logistic(0, 1), the difference of two Gumbels, float32."""
+    u = torch.rand(shape, generator=generator, device=device).clamp(1e-6, 1 - 1e-6)
+    return u.log() - (-u).log1p()
 
 
 def log_keep(gate: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Adapters: trained eviction heads and the table that dials them, as a folder of two files.
 
 adapter_config.json holds AdapterConfig; adapter_model.safetensors holds the heads under PEFT's names
-(`base_model.model.<module>.eviction_head.weight`), and no tensors where the base model's own queries carry the logits
-(neuron source). Nothing in it is executable.
+(`base_model.model.<module>.eviction_head.weight`), and none where the base model's own queries carry the logits (neuron
+source). LoRA weights that were trained with them are in the same two files, in PEFT's names and keys, so that PEFT
+reads them too. Nothing in it is executable.
 """
 
 import bisect
@@ -23,6 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv.dms import EvictionHead, NeuronSource
+from sparsekv.modeling.lora import A, B, Lora
+from sparsekv.modeling.site import ATTACHMENT
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -30,6 +33,7 @@ HEAD = "eviction_head"
 """The name of an attention module's eviction head."""
 SHAPE_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 """The entries of a model's configuration that an adapter must agree on with its base model."""
+LORA_KEYS = ("r", "lora_alpha", "target_modules")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +54,27 @@ class AdapterConfig:
     """How the table was measured: text, tokens, seed."""
     training: dict[str, Any] = field(default_factory=dict)
     """How the heads were trained: steps, data, seed, hardware."""
-    peft_type: str = "SPARSEKV_DMS"
+    r: int = 0
+    """The rank of the LoRA weights that come with the heads; 0 = none."""
+    lora_alpha: int = 0
+    target_modules: list[str] = field(default_factory=list)
+    """Names of the modules that LoRA changes."""
 
     def __post_init__(self) -> None:
+        if self.r < 0 or bool(self.r) != bool(self.target_modules):
+            raise ValueError(f"r is {self.r} and target_modules {self.target_modules}; LoRA has both, heads alone none")
         if self.source not in ("linear", "neuron"):
             raise ValueError(f"source is {self.source!r}; it must be 'linear' or 'neuron'")
         if (self.source == "neuron") != isinstance(self.neuron, NeuronSource):
             raise ValueError("source 'neuron' comes with its channel, scale, offset and rezero, and 'linear' with none")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What adapter_config.json holds: LoRA's keys only where there is LoRA, whose type PEFT then knows."""
+        raw = asdict(self)
+        if not self.r:
+            for name in LORA_KEYS:
+                del raw[name]
+        return raw | {"peft_type": "LORA" if self.r else "SPARSEKV_DMS"}
 
     @property
     def max_cr(self) -> float:
@@ -92,6 +110,11 @@ class LoadedAdapter:
 
     config: AdapterConfig
     heads: dict[int, dict[str, Tensor]]
+    """By layer: weight [kv_heads, hidden_size] and bias [kv_heads]."""
+    head_state: dict[str, Tensor]
+    """The same tensors by their names in the model."""
+    lora: dict[str, Tensor]
+    """By PEFT's names without their prefix; empty for heads alone."""
 
     def copy_into(self, heads: dict[int, EvictionHead]) -> None:
         """Load the trained weights. heads: by layer. Raises ValueError unless the adapter has exactly these layers."""
@@ -111,19 +134,26 @@ def base_shape(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path, config: AdapterConfig) -> None:
-    """Write the eviction heads of an attached model, all or nothing.
+    """Write the eviction heads of an attached model, and the LoRA that its adapter brought, all or nothing.
 
     Raises ValueError if the model has no eviction heads.
     """
     state = {
-        PREFIX + f"{name}.{key}": tensor.detach().float().cpu().contiguous()
+        f"{name}.{key}": tensor.detach().float().cpu().contiguous()
         for name, module in model.named_modules()
         if isinstance(module, EvictionHead)
         for key, tensor in module.state_dict().items()
     }
     if not state and config.source == "linear":
         raise ValueError("this model has no eviction heads to save; attach it with policy='dms' or an adapter first")
-    write_adapter(folder, config, state)
+    lora = {} if (found := lora_of(model)) is None else found.state()
+    write_adapter(folder, config, {PREFIX + name: tensor for name, tensor in (state | lora).items()})
+
+
+def lora_of(model: PreTrainedModel) -> Lora | None:
+    """The LoRA that an attached model's adapter brought."""
+    attachment = getattr(model, ATTACHMENT, None)
+    return None if attachment is None else attachment.lora
 
 
 def write_adapter(folder: str | Path, config: AdapterConfig, state: dict[str, Tensor]) -> None:
@@ -134,12 +164,27 @@ def write_adapter(folder: str | Path, config: AdapterConfig, state: dict[str, Te
     temporary.mkdir(parents=True)
     try:
         save_file(state, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        (temporary / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=1) + "\n")
+        _write_config(temporary, config)
         folder.mkdir(exist_ok=True)
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             (temporary / name).replace(folder / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_config(folder: str | Path, config: AdapterConfig) -> None:
+    """Replace an adapter's configuration and leave its tensors as they are."""
+    temporary = Path(folder) / ".partial"
+    temporary.mkdir(exist_ok=True)
+    try:
+        _write_config(temporary, config)
+        (temporary / CONFIG_FILE).replace(Path(folder) / CONFIG_FILE)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_config(folder: Path, config: AdapterConfig) -> None:
+    (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
 
 
 def push_to_hub(folder: str | Path, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
@@ -177,12 +222,17 @@ def load_adapter(name: str, model: PreTrainedModel) -> LoadedAdapter:
             f"and the model is {model.config.name_or_path or type(model).__name__} ({_shape(ours)})"
         )
     heads: dict[int, dict[str, Tensor]] = {}
+    head_state: dict[str, Tensor] = {}
+    lora: dict[str, Tensor] = {}
     for key, tensor in state.items():
         parts = key.removeprefix(PREFIX).split(".")
         layer = next((int(p) for p in parts if p.isdigit()), None)
+        if config.r and key.endswith((A, B)):
+            lora[key.removeprefix(PREFIX)] = tensor
+            continue
         if layer is None or parts[-2:] not in ([HEAD, "weight"], [HEAD, "bias"]):
             raise ValueError(f"the adapter {name} holds {key!r}, which is no eviction head")
-        heads.setdefault(layer, {})[parts[-1]] = tensor
+        heads.setdefault(layer, {})[parts[-1]] = head_state[key.removeprefix(PREFIX)] = tensor
     kv_heads, hidden = ours["num_key_value_heads"], ours["hidden_size"]
     for layer, head in heads.items():
         shapes = {key: tuple(tensor.shape) for key, tensor in head.items()}
@@ -190,7 +240,9 @@ def load_adapter(name: str, model: PreTrainedModel) -> LoadedAdapter:
             raise ValueError(f"the adapter {name} is damaged: layer {layer} has {shapes}")
         if not all(torch.isfinite(tensor).all() for tensor in head.values()):
             raise ValueError(f"the adapter {name} is damaged: layer {layer} holds numbers that are not finite")
-    return LoadedAdapter(config=config, heads=heads)
+    if config.r and not lora:
+        raise ValueError(f"the adapter {name} is damaged: its configuration names LoRA and it holds none")
+    return LoadedAdapter(config=config, heads=heads, head_state=head_state, lora=lora)
 
 
 def _folder(name: str) -> Path:
@@ -205,7 +257,7 @@ def _folder(name: str) -> Path:
 
 
 def _config(name: str | Path, raw: Any) -> AdapterConfig:
-    known = {f.name for f in fields(AdapterConfig)}
+    known = {f.name for f in fields(AdapterConfig)} | {"peft_type"}
     required = {"base_model_name_or_path", "base_shape", "window"}
     if not isinstance(raw, dict) or not required <= set(raw):
         raise ValueError(f"{name}/{CONFIG_FILE} is not sparsekv's: it needs {', '.join(sorted(required))}")
@@ -222,7 +274,8 @@ def _config(name: str | Path, raw: Any) -> AdapterConfig:
         raise ValueError(f"{name}/{CONFIG_FILE}: window must be an integer of at least 1, and lag 0 or 1")
     try:
         neuron = None if raw.get("neuron") is None else NeuronSource(**raw["neuron"])
-        return AdapterConfig(**{**raw, "offsets": offsets, "neuron": neuron})
+        kept = {key: value for key, value in raw.items() if key != "peft_type"}
+        return AdapterConfig(**{**kept, "offsets": offsets, "neuron": neuron})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}/{CONFIG_FILE}: {error}") from None
 

@@ -15,12 +15,11 @@ from sparsekv.modeling import adapter as adapters
 from sparsekv.modeling import neuron
 from sparsekv.modeling.attention import NAME, padding_mask, sparse_attention
 from sparsekv.modeling.checks import AttentionLayers, attention_layers
-from sparsekv.modeling.site import SITE, Attachment, PagedCache, Site
+from sparsekv.modeling.lora import MergedLora
+from sparsekv.modeling.site import ATTACHMENT, SITE, Attachment, PagedCache, Site
 from sparsekv.policies import Policy, make_policy
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.policies.streaming import SlidingWindowPolicy
-
-_ATTACHMENT = "sparsekv_attachment"
 
 
 def attach(
@@ -36,13 +35,14 @@ def attach(
     policy: a name (see policies.policy_names) with its options, such as policy="streaming", budget=512 or
     policy="dms", window=64, lag=0 (untrained heads; neuron=dms.NeuronSource() for a checkpoint whose queries carry the
     logits), or a Policy.
-    adapter: a folder or hub id with trained eviction heads; cr: the compression ratio to serve it at, between 1 and the
-    adapter's largest (None = as trained).
+    adapter: a folder or hub id with trained eviction heads, and LoRA where they were trained with it, which is merged
+    into the weights until detach; cr: the compression ratio to serve it at, between 1 and the adapter's largest (None =
+    as trained).
 
     Raises ValueError where the model cannot be attached (the sentence names the reason), is attached already, or where
     the adapter is for another model or the options do not fit.
     """
-    if hasattr(model, _ATTACHMENT):
+    if hasattr(model, ATTACHMENT):
         raise ValueError("this model is attached already; call sparsekv.detach(model) first")
     if (policy is None) == (adapter is None):
         raise ValueError("attach takes a policy or an adapter: pass exactly one of policy=... and adapter=...")
@@ -73,7 +73,15 @@ def attach(
     assert isinstance(policy, Policy)
     if loaded is not None:
         loaded.copy_into(heads)
-    return _install(model, layers, policy=policy, heads=heads, source=source)
+    lora = None
+    if loaded is not None and loaded.lora:
+        lora = MergedLora(model, loaded.lora, scale=loaded.config.lora_alpha / loaded.config.r)
+    attachment = _install(model, layers, policy=policy, heads=heads, source=source)
+    if lora is not None:
+        attachment.lora = lora
+        lora.put_in()
+        attachment.undo.append(lora.remove)
+    return attachment
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -84,7 +92,7 @@ def detach(model: PreTrainedModel) -> None:
 
 def attachment_of(model: PreTrainedModel) -> Attachment:
     """The model's Attachment. Raises ValueError if it has none."""
-    found = getattr(model, _ATTACHMENT, None)
+    found = getattr(model, ATTACHMENT, None)
     if found is None:
         raise ValueError("this model is not attached; call sparsekv.attach(model, policy=... or adapter=...) first")
     return found
@@ -145,8 +153,8 @@ def _install(
     previous = layers.text_config._attn_implementation
     layers.set_implementation(model, NAME)
     attachment.undo.append(lambda: layers.set_implementation(model, previous))
-    setattr(model, _ATTACHMENT, attachment)
-    attachment.undo.append(_remover(model, _ATTACHMENT))
+    setattr(model, ATTACHMENT, attachment)
+    attachment.undo.append(_remover(model, ATTACHMENT))
     return attachment
 
 

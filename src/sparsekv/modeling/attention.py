@@ -57,6 +57,7 @@ def sparse_attention(
             "this model is attached to sparsekv and got a cache that is not ours: "
             "pass past_key_values=sparsekv.SparseCache(model), or detach(model) first"
         )
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, RoPE leaves them in float32
     documents = (
         kwargs["documents"]
         if "documents" in kwargs
@@ -126,6 +127,6 @@ def _log_keep(site: Site, step: Step, key: Tensor) -> Tensor | None:
 
     gates = site.attachment.gates
     if gates is not None and isinstance(site.policy, DMSPolicy):
-        return by_sequence(gates(site.policy.logits(step.layer, step.hidden)))
+        return by_sequence(gates(step.layer, site.policy.logits(step.layer, step.hidden)))
     marks = site.policy.marks(step)
     return None if marks is None else dms.hard_log_keep(by_sequence(marks), key.dtype)

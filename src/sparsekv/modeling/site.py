@@ -10,10 +10,13 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsekv.dms import NeuronSource
+from sparsekv.modeling.lora import Lora
 from sparsekv.policies import Policy
 
 SITE = "sparsekv_site"
 """The attribute of an attention module that holds its Site."""
+ATTACHMENT = "sparsekv_attachment"
+"""The attribute of an attached model that holds its Attachment."""
 
 
 @dataclass(kw_only=True)
@@ -80,6 +83,8 @@ class Attachment:
     max_tokens: int
     """The model's context length."""
     sites: list[Site] = field(default_factory=list)
-    gates: Callable[[Tensor], Tensor] | None = None
-    """In training: logits -> log(1 - alpha), see modes.soft."""
+    gates: Callable[[int, Tensor], Tensor] | None = None
+    """In training: (layer, logits) -> log(1 - alpha), see modes.soft."""
+    lora: Lora | None = None
+    """What the adapter adds to the weights."""
     undo: list[Callable[[], Any]] = field(default_factory=list)

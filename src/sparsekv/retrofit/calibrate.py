@@ -23,7 +23,7 @@ from sparsekv import dms
 from sparsekv.evals.corpus import Corpus, load_documents
 from sparsekv.evals.forward import read
 from sparsekv.modeling import modes
-from sparsekv.modeling.adapter import read_adapter, save_adapter
+from sparsekv.modeling.adapter import read_adapter, write_config
 from sparsekv.modeling.attach import attach, attachment_of
 from sparsekv.modeling.states import SplitModel
 from sparsekv.policies.dms import DMSPolicy
@@ -128,7 +128,7 @@ def fill_table(
     measured = {"text": text, "rows": len(rows), "length": settings.length, "through": through}
     config = read_adapter(adapter)[0]
     offsets = [(dial.offset, dial.ratio) for dial in table]
-    save_adapter(model, adapter, replace(config, offsets=offsets, calibration=measured))
+    write_config(adapter, replace(config, offsets=offsets, calibration=measured))
     return table
 
 

@@ -6,18 +6,20 @@ up to `max_cr`, so a run has (max_cr - 1) * steps_per_cr steps unless max_steps 
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
 
 from sparsekv.evals.settings import EvaluationConfig
+from sparsekv.retrofit.parse import parse, read_yaml
 
 DIVERGENCES = ("kl_teacher_student", "kl_student_teacher")
 FRACTIONS = ("soft", "hard")
-TRAINABLE = ("heads",)
+TRAINABLE = ("heads", "lora", "all")
+BASE_LR = {"lora": 5e-4, "all": 3e-5}
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEVICES = ("auto", "cpu", "cuda")
 TARGETS = (1.1, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 
@@ -50,6 +52,22 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The low-rank weights of `trainable: lora`."""
+
+    rank: int = 16
+    alpha: int = 32
+    """The weights are scaled by alpha / rank."""
+    targets: list[str] = field(default_factory=lambda: list(LINEAR))
+    """Names of the linear modules that get them; those of a layer's attention and MLP in Llama and Qwen."""
+
+    def __post_init__(self) -> None:
+        _need(self.rank >= 1, f"lora.rank is {self.rank}; use at least 1")
+        _need(self.alpha >= 1, f"lora.alpha is {self.alpha}; use at least 1")
+        _need(bool(self.targets), "lora.targets is empty; name modules such as q_proj, v_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetrofitConfig:
     """Everything that decides a run."""
 
@@ -60,6 +78,10 @@ class RetrofitConfig:
     texts: list[str]
     """"encyclopedia", a text file, or a folder of text files."""
     trainable: str = "heads"
+    """heads: the base is frozen; lora: low-rank weights beside the heads; all: every weight."""
+    teacher: str | None = None
+    """Another model to learn from, with the same vocabulary. null: the base model itself."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     window: int = 64
     lag: int = 0
     tau: float = 0.1
@@ -72,6 +94,9 @@ class RetrofitConfig:
     retrieval_share: float = 0.5
     """The part of each batch that is long-range retrieval."""
     lr: float = 3e-3
+    """Of the eviction heads."""
+    base_lr: float | None = None
+    """Of LoRA or of all other weights. null: 5e-4 for lora, 3e-5 for all."""
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0
@@ -110,11 +135,17 @@ class RetrofitConfig:
             f"length is {self.length}; retrieval needs rows of 256 tokens or more, or retrieval_share: 0",
         )
         _need(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "beta1 and beta2 lie between 0 and 1")
-        for name in ("tau", "lr", "clip"):
-            _need(getattr(self, name) > 0, f"{name} is {getattr(self, name):g}; use more than 0")
+        for name in ("tau", "lr", "base_lr", "clip"):
+            value = getattr(self, name)
+            _need(value is None or value > 0, f"{name} is {value or 0:g}; use more than 0")
         for name in ("steps_per_cr", "batch", "save_every", "max_steps"):
             value = getattr(self, name)
             _need(value is None or value >= 1, f"{name} is {value}; use at least 1")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of what is not eviction heads."""
+        return BASE_LR.get(self.trainable, 0.0) if self.base_lr is None else self.base_lr
 
     @property
     def steps(self) -> int:
@@ -138,74 +169,14 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RetrofitC
 
     Raises ValueError, naming the key, for a missing file, unknown or missing keys, or a value that does not fit.
     """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    _need(isinstance(raw, dict), f"{path} holds no keys; see configs/smollm2-135m.yaml for an example")
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        _need(bool(separator), f"--set {override} has no '='; write --set key=value")
-        _assign(raw, key.strip(), yaml.safe_load(text))
-    return parse_config(raw)
+    return parse_config(read_yaml(path, overrides=overrides))
 
 
 def parse_config(raw: dict[str, Any]) -> RetrofitConfig:
     """The configuration in a plain dictionary. Raises ValueError as load_config does."""
-    return _parse(RetrofitConfig, raw, prefix="")
+    return parse(RetrofitConfig, raw)
 
 
 def save_config(config: RetrofitConfig, path: Path) -> None:
     """Write the resolved configuration as YAML that load_config reads back."""
     path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
-
-
-def _assign(raw: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        if raw.get(parent) is None:
-            raw[parent] = {}
-        raw = raw[parent]
-        _need(isinstance(raw, dict), f"--set {dotted}: {parent} holds a value, not keys")
-    raw[last] = value
-
-
-def _parse(cls: Any, raw: Any, *, prefix: str) -> Any:
-    _need(isinstance(raw, dict), f"{prefix.rstrip('.')} is {raw!r}; it holds keys")
-    known = {f.name: f.type for f in fields(cls)}
-    unknown = sorted(str(key) for key in set(raw) - set(known))
-    if unknown:
-        names, all_names = (", ".join(prefix + key for key in keys) for keys in (unknown, known))
-        raise ValueError(f"unknown key {names}; the keys are {all_names}")
-    values = {key: _convert(prefix + key, known[key], value) for key, value in raw.items()}
-    try:
-        return cls(**values)
-    except TypeError as error:  # "missing 1 required keyword-only argument: 'model'"
-        missing = ", ".join(prefix + part for part in str(error).split("'")[1::2])
-        raise ValueError(f"the configuration lacks {missing}; add it to the file or pass --set") from None
-
-
-def _convert(name: str, kind: Any, value: Any) -> Any:
-    if get_origin(kind) is UnionType:
-        if value is None:
-            return None
-        kind = next(arm for arm in get_args(kind) if arm is not type(None))
-    if is_dataclass(kind):
-        return _parse(kind, value, prefix=name + ".")
-    if get_origin(kind) is list:
-        items = value if isinstance(value, list) else [value]
-        return [_convert(name, get_args(kind)[0], item) for item in items]
-    whole = isinstance(value, float) and value.is_integer()
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; it is {_KINDS[kind]}")
-    if kind is int and not (isinstance(value, int) or whole):
-        raise ValueError(f"{name} is {value!r}; it is {_KINDS[kind]}")
-    try:
-        return kind(value)  # YAML reads 3e-3 as a string: float() mends it
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}; it is {_KINDS[kind]}") from None
-
-
-_KINDS = {int: "a whole number", float: "a number", str: "a text"}

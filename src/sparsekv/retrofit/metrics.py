@@ -20,10 +20,10 @@ class MetricsCallback(TrainerCallback):
         self.path = path
         self.progress = progress
         self.bar: Any = None
-        self.current: dict[str, float] = {}
+        self.current: dict[str, Any] = {}
         self.started = 0.0
 
-    def record(self, values: dict[str, float]) -> None:
+    def record(self, values: dict[str, Any]) -> None:
         """What the step under way measured."""
         self.current = values
 

@@ -22,15 +22,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv.evals.corpus import Corpus, load_documents, other_documents
 from sparsekv.evals.evaluate import Point, Score, describe, evaluate
-from sparsekv.modeling.adapter import CONFIG_FILE, read_adapter, save_adapter
+from sparsekv.modeling.adapter import CONFIG_FILE, read_adapter
 from sparsekv.modeling.attach import attach
 from sparsekv.modeling.load import load_model
 from sparsekv.retrofit.calibrate import fill_table
 from sparsekv.retrofit.card import model_card
+from sparsekv.retrofit.checkpoint import CHECKPOINTS
 from sparsekv.retrofit.config import RetrofitConfig, load_config, save_config
 from sparsekv.retrofit.data import Blend
+from sparsekv.retrofit.export import MODEL_FOLDER, export
 from sparsekv.retrofit.metrics import METRICS_FILE
-from sparsekv.retrofit.trainer import CHECKPOINTS, adapter_config, load_heads, train
+from sparsekv.retrofit.trainer import adapter_config, train
 
 CONFIG_COPY, EVAL_FILE, CARD_FILE = "config.yaml", "eval.json", "README.md"
 
@@ -44,14 +46,12 @@ def run(config: RetrofitConfig, *, say: Say = lambda text: print(text, file=sys.
     model or text that cannot be had, and settings that do not fit them.
     """
     output = prepare_output(config)
-    model, tokenizer = load_for_training(config)
     training, held_out = load_documents(config.texts)
-    attach(model, policy="dms", window=config.window, lag=config.lag)
     save_config(config, output / CONFIG_COPY)
     if not (output / CONFIG_FILE).exists():
-        say(f"Training {config.steps} steps to ratio {config.final_cr:g} on {device_name(model)}")
-        _train(model, tokenizer, training, config)
-    adapter = load_heads(output, model)
+        _train(training, config, say=say)
+    model, tokenizer = load_result(config)
+    adapter = read_adapter(output)[0]
     if not adapter.offsets:
         say(f"Calibrating at {config.calibration.length} tokens")
         fill_table(
@@ -98,10 +98,45 @@ def prepare_output(config: RetrofitConfig) -> Path:
 
 
 def load_for_training(config: RetrofitConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model and its tokenizer: bfloat16 on a GPU, float32 on the CPU. Raises ValueError as load_model does."""
+    """The base model, attached, and its tokenizer: bfloat16 on a GPU where the base is frozen, else float32. Raises
+    ValueError as load_model does."""
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    device = None if config.device == "auto" else config.device
-    return load_model(config.model, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    frozen = config.trainable != "all"
+    dtype = torch.bfloat16 if on_gpu and frozen else torch.float32
+    model, tokenizer = load_model(config.model, device=device_of(config), dtype=dtype)
+    attach(model, policy="dms", window=config.window, lag=config.lag)
+    return model, tokenizer
+
+
+def load_teacher(config: RetrofitConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+    """The second, frozen model to learn from, None where the student's own frozen base is the teacher.
+
+    Raises ValueError for a teacher with another vocabulary.
+    """
+    if config.teacher is None and config.trainable != "all":
+        return None
+    name = config.model if config.teacher is None else config.teacher
+    teacher, theirs = load_model(name, device=device_of(config))
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"the teacher {name} has another vocabulary ({len(theirs)} tokens) than {config.model} ({len(tokenizer)}): "
+            "a token must mean the same to both; name a teacher of the same family"
+        )
+    return teacher
+
+
+def load_result(config: RetrofitConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What the run has made, as its user will load it: the base or the trained model, with the adapter attached."""
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    name = str(Path(config.output) / MODEL_FOLDER) if config.trainable == "all" else config.model
+    model, tokenizer = load_model(name, device=device_of(config), dtype=torch.bfloat16 if on_gpu else torch.float32)
+    attach(model, adapter=config.output)
+    return model, tokenizer
+
+
+def device_of(config: RetrofitConfig) -> str | None:
+    """As load_model takes it."""
+    return None if config.device == "auto" else config.device
 
 
 def device_name(model: PreTrainedModel) -> str:
@@ -110,9 +145,10 @@ def device_name(model: PreTrainedModel) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _train(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str], config: RetrofitConfig
-) -> None:
+def _train(documents: list[str], config: RetrofitConfig, *, say: Say) -> None:
+    model, tokenizer = load_for_training(config)
+    teacher = load_teacher(config, tokenizer)
+    say(f"Training {config.steps} steps to ratio {config.final_cr:g} on {device_name(model)}")
     rows = Blend(
         Corpus(documents, tokenizer),
         tokenizer,
@@ -122,7 +158,7 @@ def _train(
         retrieval_share=config.retrieval_share,
         seed=config.seed,
     )
-    train(model, rows, config)
+    weights = train(model, rows, config, teacher=teacher)
     seconds = [json.loads(line)["seconds"] for line in (Path(config.output) / METRICS_FILE).read_text().splitlines()]
     made = adapter_config(
         model,
@@ -133,7 +169,7 @@ def _train(
         minutes=round(sum(seconds) / 60, 2),
         **provenance(model, config),
     )
-    save_adapter(model, config.output, made)
+    export(weights, config.model, folder=Path(config.output), adapter=made)
 
 
 def _evaluate(

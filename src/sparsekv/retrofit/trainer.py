@@ -1,13 +1,10 @@
-"""The retrofit on transformers.Trainer: eviction heads learn, the base is frozen and is its own teacher.
+"""The retrofit on transformers.Trainer: eviction heads learn, alone, with LoRA or with all weights.
 
-L(step) = D(model with eviction off, model with soft gates) + max(0, target(step) - fraction),
-fraction = mean over layers, heads and tokens of alpha = sigmoid(l), target = 1 - 1 / CR(step)  (arXiv 2506.05345, 3.2).
-
-Data and gate noise depend on (seed, step) alone, and a checkpoint holds the heads, the optimiser and the step: a run
-that was killed and resumed gives the losses of an undisturbed one.
+The loss is distill.py's; the target ratio rises by one every `steps_per_cr` steps. Data and gate noise depend on
+(seed, step, row) alone, and a checkpoint holds what is trained, the optimiser and the step: a run that was killed and
+resumed, or that is spread over several processes, gives the losses of an undisturbed one.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -18,70 +15,85 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from sparsekv import dms
-from sparsekv.dms import EvictionHead
 from sparsekv.modeling import modes
-from sparsekv.modeling.adapter import AdapterConfig, base_shape, load_adapter, save_adapter
-from sparsekv.modeling.attach import attachment_of, heads
+from sparsekv.modeling.adapter import HEAD, AdapterConfig, base_shape
+from sparsekv.modeling.attach import heads
 from sparsekv.modeling.compiled import compiled_layers
-from sparsekv.modeling.states import Divergence, SplitModel
-from sparsekv.policies.dms import DMSPolicy
+from sparsekv.retrofit import checkpoint as checkpoints
 from sparsekv.retrofit.config import RetrofitConfig
 from sparsekv.retrofit.data import Blend
+from sparsekv.retrofit.distill import Distillation, Draw
 from sparsekv.retrofit.metrics import METRICS_FILE, MetricsCallback
-
-CHECKPOINTS, STATE_FILE = "checkpoints", "trainer_state.json"
-
-_DIVERGENCES: dict[str, Divergence] = {
-    "kl_teacher_student": dms.kl_teacher_student,
-    "kl_student_teacher": dms.kl_student_teacher,
-}
+from sparsekv.retrofit.peft import add_lora
 
 
-def train(model: PreTrainedModel, rows: Blend, config: RetrofitConfig, *, progress: bool = True) -> None:
-    """Train the heads of a model attached with DMS, in place; resumes from the newest whole checkpoint in
-    config.output.
+def train(
+    model: PreTrainedModel,
+    rows: Blend,
+    config: RetrofitConfig,
+    *,
+    teacher: PreTrainedModel | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Train a model attached with DMS, in place; resumes from the newest whole checkpoint in config.output.
 
-    Raises ValueError for a loss that is not finite, heads that get no gradient, or several visible GPUs.
+    teacher: another model to learn from; needed where all weights are trained. Returns what was trained by the names of
+    a Distillation's parameters, on the CPU. Raises ValueError for a loss that is not finite or heads that get no
+    gradient.
     """
-    trainer = RetrofitTrainer(model, rows, config, progress=progress)
-    checkpoint = newest_checkpoint(Path(config.output))
-    use_cache = model.config.use_cache
-    with compiled_layers(model):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    model.config.use_cache = use_cache
-    model.eval()
+    with modes.soft(model, tau=config.tau):
+        trainer = RetrofitTrainer(model, rows, config, teacher=teacher, progress=progress)
+        newest = checkpoints.newest(Path(config.output))
+        with compiled_layers(model):
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        model.eval()
+        return checkpoints.trained_weights(trainer.distillation)
 
 
 def adapter_config(model: PreTrainedModel, config: RetrofitConfig, **training: Any) -> AdapterConfig:
     """What adapter_config.json says of these heads before calibration."""
+    lora = config.lora if config.trainable == "lora" else None
     return AdapterConfig(
         base_model_name_or_path=config.model,
         base_shape=base_shape(model),
         window=config.window,
         lag=config.lag,
+        r=0 if lora is None else lora.rank,
+        lora_alpha=0 if lora is None else lora.alpha,
+        target_modules=[] if lora is None else lora.targets,
         training=config.training_keys() | training,
     )
 
 
-def newest_checkpoint(output: Path) -> Path | None:
-    """The last checkpoint that was written to its end: Trainer writes the state file last."""
-    whole = []
-    for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
-        try:
-            whole.append((json.loads((folder / STATE_FILE).read_text())["global_step"], folder))
-        except (OSError, ValueError, KeyError):
-            continue  # killed while it was being written
-    return max(whole)[1] if whole else None
+def make_trainable(model: PreTrainedModel, config: RetrofitConfig) -> None:
+    """Freeze what is not trained; LoRA is added."""
+    model.requires_grad_(config.trainable == "all")
+    if config.trainable == "lora":
+        add_lora(model, config.lora, seed=config.seed)
+    for head in heads(model):
+        head.requires_grad_(True)
 
 
 class RetrofitTrainer(Trainer):
-    """See the module. model: attached with DMS, its heads untrained or to be trained further."""
+    """See the module. model: attached with DMS and within modes.soft."""
 
-    def __init__(self, model: PreTrainedModel, rows: Blend, config: RetrofitConfig, *, progress: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: Blend,
+        config: RetrofitConfig,
+        *,
+        teacher: PreTrainedModel | None = None,
+        progress: bool,
+    ) -> None:
+        if config.trainable == "all" and teacher is None:
+            raise ValueError("trainable: all needs a second, frozen model as teacher: pass teacher=")
         self.retrofit = config
-        _freeze_base(model)
+        make_trainable(model, config)
+        if teacher is not None:
+            teacher.requires_grad_(False)
         arguments = TrainingArguments(
-            output_dir=str(Path(config.output) / CHECKPOINTS),
+            output_dir=str(Path(config.output) / checkpoints.CHECKPOINTS),
             max_steps=config.steps,
             per_device_train_batch_size=config.batch,
             learning_rate=config.lr,
@@ -104,16 +116,21 @@ class RetrofitTrainer(Trainer):
         if arguments.n_gpu > 1 or arguments.world_size > 1:
             raise ValueError("retrofit uses one device: start one process, with CUDA_VISIBLE_DEVICES naming one GPU")
         metrics = MetricsCallback(Path(config.output) / METRICS_FILE, progress=progress)
-        super().__init__(model=model, args=arguments, train_dataset=rows, callbacks=[metrics])
+        distillation = Distillation(model, config, teacher=teacher)
+        super().__init__(model=distillation, args=arguments, train_dataset=rows, callbacks=[metrics])
         self.pop_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
-        with modes.dense(model), torch.no_grad():
-            self.split = SplitModel(model)
         self.metrics = metrics
-        self._parts = torch.zeros(3)
+        self._parts: dict[str, Tensor] = {}
         self._gradient_seen = False
 
-    # The loss
+    @property
+    def distillation(self) -> Distillation:
+        """The module that is trained."""
+        model: Any = self.model
+        return model
+
+    # A step
 
     def compute_loss(
         self,
@@ -122,21 +139,14 @@ class RetrofitTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """inputs: input_ids int64 [B, S] -> the scalar loss of the module's docstring."""
-        config, step, ids = self.retrofit, self.state.global_step + 1, inputs["input_ids"]
-        base = self.split.model
-        with modes.dense(base), torch.no_grad():
-            teacher = self.split.hidden(ids)
-        with modes.soft(base, tau=config.tau, generator=self._noise(step)) as gates:
-            student = self.split.hidden(ids)
-        divergence = self.split.divergence(teacher, student, _DIVERGENCES[config.divergence])
-        fraction = marked_fraction(gates.gates, hard=config.fraction == "hard")
-        pull = dms.hinge(fraction, self.target(step))
-        self._parts = torch.stack([divergence.detach(), pull.detach(), fraction.detach()])
-        return divergence + pull
+        """inputs: input_ids int64 [B, S] -> the scalar loss."""
+        step = self.state.global_step + 1
+        draw = Draw(seed=self.retrofit.seed * 1_000_003 + step, target=self.target(step))
+        self._parts = model(inputs["input_ids"], draw)
+        return self._parts["loss"]
 
     def target(self, step: int) -> float:
-        """The fraction of marks that the hinge asks for at a step, counted from 1."""
+        """The fraction of marks to reach at a step, counted from 1."""
         config = self.retrofit
         ratio = dms.compression_ratio(step, steps_per_cr=config.steps_per_cr, max_cr=config.max_cr)
         return dms.target_fraction(ratio)
@@ -145,7 +155,8 @@ class RetrofitTrainer(Trainer):
         """One forward and backward; stops before the optimiser takes in what is not finite."""
         loss = super().training_step(*args, **kwargs)
         step = self.state.global_step + 1
-        divergence, pull, fraction = self._parts.tolist()
+        divergence, pull = self._parts["divergence"].item(), self._parts["pull"].item()
+        fractions = self._parts["fractions"].tolist()
         if not math.isfinite(divergence + pull):
             raise ValueError(
                 f"the loss is not finite at step {step} (divergence {divergence}, hinge {pull}): lower lr "
@@ -159,19 +170,16 @@ class RetrofitTrainer(Trainer):
                 "loss": divergence + pull,
                 "divergence": divergence,
                 "hinge": pull,
-                "fraction": fraction,
+                "fraction": sum(fractions) / len(fractions),
                 "target": self.target(step),
                 "ratio_target": 1 / (1 - self.target(step)),
+                "fractions": [round(x, 4) for x in fractions],
             }
         )
         return loss
 
-    def _noise(self, step: int) -> torch.Generator:
-        generator = torch.Generator(device=self.args.device)
-        return generator.manual_seed(self.retrofit.seed * 1_000_003 + step)
-
     def _check_gradients(self) -> None:
-        for index, head in enumerate(heads(self.split.model)):
+        for index, head in enumerate(heads(self.distillation.student)):
             gradients = [parameter.grad for parameter in head.parameters()]
             if any(g is None or not g.any() for g in gradients):
                 raise ValueError(
@@ -182,6 +190,16 @@ class RetrofitTrainer(Trainer):
 
     # What Trainer asks for
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with two groups: the heads, and what else is trained at its own rate."""
+        trained = {n: p for n, p in (model or self.distillation).named_parameters() if p.requires_grad}
+        own = [p for name, p in trained.items() if f".{HEAD}." in name]
+        base = [p for name, p in trained.items() if f".{HEAD}." not in name]
+        groups = [{"params": own, "lr": self.retrofit.lr}, {"params": base, "lr": self.retrofit.rate}]
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
+        self.optimizer = kind([group for group in groups if group["params"]], **settings)
+        return self.optimizer
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         assert isinstance(self.train_dataset, Blend)
         return SequentialSampler(self.train_dataset)  # rows are random already, each by its number
@@ -190,33 +208,18 @@ class RetrofitTrainer(Trainer):
         """Not counted: it would walk over all parameters at every step."""
         return 0
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        assert output_dir is not None
-        save_adapter(self.split.model, output_dir, adapter_config(self.split.model, self.retrofit))
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Nothing: the weights are saved together with the optimiser's state."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        checkpoints.save(self.distillation, self._inner_optimizer(), Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_heads(resume_from_checkpoint, self.split.model)
+        pass  # with the optimiser's state, once there is one
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.load(self.distillation, self._inner_optimizer(), Path(checkpoint))
 
-def marked_fraction(gates: list[Tensor], *, hard: bool) -> Tensor:
-    """The mean of alpha = sigmoid(l) over layers, tokens and heads; hard: of l > 0, with alpha's gradient
-    (straight-through). gates: l by layer, float32 [tokens, heads]."""
-    alpha = torch.stack(gates).sigmoid()
-    if hard:
-        alpha = alpha + ((alpha > 0.5).float() - alpha).detach()
-    return alpha.mean()
-
-
-def load_heads(folder: str | Path, model: PreTrainedModel) -> AdapterConfig:
-    """Copy an adapter's weights into the heads of a model attached with DMS."""
-    policy = attachment_of(model).policy
-    assert isinstance(policy, DMSPolicy)
-    loaded = load_adapter(str(folder), model)
-    loaded.copy_into({i: head for i, head in enumerate(policy.sources) if isinstance(head, EvictionHead)})
-    return loaded.config
-
-
-def _freeze_base(model: PreTrainedModel) -> None:
-    model.requires_grad_(False)
-    for head in heads(model):
-        head.requires_grad_(True)
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper has it as an attribute
