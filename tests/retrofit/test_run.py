@@ -50,10 +50,11 @@ def test_one_command_leaves_a_finished_adapter(configure: Configure, tmp_path: P
 
 
 def test_lora_is_one_folder_and_merges_into_a_plain_model(configure: Configure, tmp_path: Path) -> None:
-    config = configure(max_steps=2, lr=0.05, base_lr=0.05, trainable="lora")
+    config = configure(max_steps=2, lr=0.05, base_lr=0.05, trainable="lora", evaluation=EVALUATION)
     output, ids = run(config), torch.arange(40)[None]
     adapter, state = read_adapter(output)
     assert (adapter.r, adapter.lora_alpha, len(state)) == (16, 32, 2 * (2 + 7 * 2))
+    assert json.loads((output / "eval.json").read_text())["scores"][0]["divergence"] > 1e-4  # from the base model
     model, _ = load_model(config.model, device="cpu")
     plain = model(ids).logits
     sparsekv.attach(model, adapter=str(output), cr=2)
@@ -79,6 +80,9 @@ def test_all_weights_are_a_plain_model_with_the_heads_beside_it(configure: Confi
     model, _ = load_model(str(output / "model"), device="cpu")
     assert read_adapter(output)[0].base_model_name_or_path == str(output / "model")
     assert not any("eviction" in name for name in model.state_dict())
+    scores = json.loads((output / "eval.json").read_text())["scores"]
+    assert scores[0]["divergence"] > 1e-3  # at ratio 1: from the base model, not from itself
+    assert scores[0]["perplexity"] != pytest.approx(scores[0]["perplexity_dense"], rel=1e-4)
     assert not torch.allclose(model(ids).logits, base(ids).logits, atol=1e-3)
     sparsekv.attach(model, adapter=str(output), cr=2)
 

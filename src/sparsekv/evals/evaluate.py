@@ -60,18 +60,20 @@ def evaluate(
     points: Sequence[Point],
     settings: EvaluationConfig,
     others: Mapping[str, Sequence[str]] | None = None,
+    reference: PreTrainedModel | None = None,
     on_score: Callable[[Score], None] = lambda score: None,
 ) -> list[Score]:
     """Measure an attached model at each point, in order, until the seconds are spent; at least one point is measured.
 
     documents: plain text that no training has seen. others: by name, texts of other domains (corpus.other_documents).
-    on_score: called after each point.
+    reference: what counts as dense where all weights of the model were trained; None is the model as it was before
+    attach, without an adapter's LoRA. on_score: called after each point.
 
     Raises ValueError for a model that is not attached, an offset for a policy that has none, or documents shorter than
     the lengths asked for.
     """
     deadline = time.monotonic() + settings.seconds
-    bench = _Bench(model, tokenizer, documents, others or {}, settings)
+    bench = _Bench(model, tokenizer, documents, others or {}, settings, reference=reference)
     scores: list[Score] = []
     for point in points:
         if scores and time.monotonic() > deadline:
@@ -107,22 +109,25 @@ class _Bench:
         documents: Sequence[str],
         others: Mapping[str, Sequence[str]],
         settings: EvaluationConfig,
+        *,
+        reference: PreTrainedModel | None,
     ) -> None:
         self.policy = attachment_of(model).policy
         self.settings = settings
         with modes.dense(model):
             self.split = SplitModel(model)
+        self.reference = self.split if reference is None else SplitModel(reference)
         corpus = Corpus(documents, tokenizer)
-        self.held_out = self._rows(corpus, settings.length)
-        self.others = {name: self._rows(Corpus(texts, tokenizer), settings.length) for name, texts in others.items()}
-        self.longer = {f"{length} tokens": self._rows(corpus, length) for length in settings.long_lengths}
         builder = ItemBuilder(corpus, tokenizer)
         self.cells = retrieval.retrieval_cells(
             builder, kinds=settings.kinds, contexts=settings.contexts, items=settings.items, seed=settings.seed
         )
-        with modes.dense(model):
+        with modes.original(model):
+            self.held_out = self._rows(corpus, settings.length)
+            self.others = {name: self._rows(Corpus(t, tokenizer), settings.length) for name, t in others.items()}
+            self.longer = {f"{length} tokens": self._rows(corpus, length) for length in settings.long_lengths}
             self.dense_right = [
-                retrieval.forced(self.split, cell, self._dense, batch=settings.batch) for cell in self.cells
+                retrieval.forced(self.reference, cell, self._dense, batch=settings.batch) for cell in self.cells
             ]
 
     def score(self, point: Point) -> Score:
@@ -144,7 +149,7 @@ class _Bench:
     def _rows(self, corpus: Corpus, length: int) -> TextRows:
         count = max(1, self.settings.rows * self.settings.length // length)
         rows = corpus.rows(min(count, self.settings.rows), length).to(next(self.split.model.parameters()).device)
-        return TextRows(self.split, rows, batch=self.settings.batch)
+        return TextRows(self.split, rows, reference=self.reference, batch=self.settings.batch)
 
     def _offset(self, text: TextRows, point: Point) -> float | None:
         """The point's, or one at which this text has the ratio asked for."""
@@ -169,7 +174,7 @@ class _Bench:
 
     def _dense(self, ids: Tensor) -> Reading:
         with torch.no_grad():
-            return Reading(hidden=self.split.hidden(ids), seen=ids.numel(), held=float(ids.numel()))
+            return Reading(hidden=self.reference.hidden(ids), seen=ids.numel(), held=float(ids.numel()))
 
     @contextmanager
     def _dialled(self, offset: float | None) -> Iterator[None]:

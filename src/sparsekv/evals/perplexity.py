@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sparsekv import dms
 from sparsekv.evals.forward import Reading
-from sparsekv.modeling import modes
 from sparsekv.modeling.states import SplitModel
 
 
@@ -31,12 +30,13 @@ class TextScore:
 
 
 class TextRows:
-    """Rows of a text and what the dense model makes of them. rows: int64 [N, S], on the model's device."""
+    """Rows of a text and what the dense model makes of them. rows: int64 [N, S], on the model's device; reference: the
+    dense model, or the same one, made while it is within modes.original."""
 
-    def __init__(self, split: SplitModel, rows: Tensor, *, batch: int) -> None:
-        self.split, self.rows, self.batches = split, rows, rows.split(batch)
-        with modes.dense(split.model), torch.no_grad():
-            self.dense = [split.hidden(ids) for ids in self.batches]
+    def __init__(self, split: SplitModel, rows: Tensor, *, reference: SplitModel, batch: int) -> None:
+        self.split, self.reference, self.rows, self.batches = split, reference, rows, rows.split(batch)
+        with torch.no_grad():
+            self.dense = [reference.hidden(ids) for ids in self.batches]
 
     def score(self, read: Callable[[Tensor], Reading], *, offset: float | None) -> TextScore:
         """read: ids int64 [B, S] -> Reading, at the dial that `offset` says."""
@@ -61,7 +61,7 @@ class TextRows:
     @torch.no_grad()
     def _compare(self, sparse: Tensor, dense: Tensor, following: Tensor) -> Tensor:
         """Sums over positions of nll, dense nll, divergence and agreement."""
-        ours, theirs = self.split.logits(sparse).float(), self.split.logits(dense).float()
+        ours, theirs = self.split.logits(sparse).float(), self.reference.logits(dense).float()
         cross_entropy = torch.nn.functional.cross_entropy
         sums = (
             cross_entropy(ours, following, reduction="sum"),

@@ -65,7 +65,7 @@ def run(config: RetrofitConfig, *, say: Say = lambda text: print(text, file=sys.
         )
     if config.evaluation is not None:
         say("Evaluating on held-out text")
-        _evaluate(model, tokenizer, held_out, config, say=say)
+        _evaluate(model, tokenizer, held_out, config, reference=load_reference(config), say=say)
     adapter = read_adapter(output)[0]
     results = json.loads((output / EVAL_FILE).read_text()) if (output / EVAL_FILE).exists() else None
     (output / CARD_FILE).write_text(model_card(adapter, config, results), encoding="utf-8")
@@ -134,6 +134,15 @@ def load_result(config: RetrofitConfig) -> tuple[PreTrainedModel, PreTrainedToke
     return model, tokenizer
 
 
+def load_reference(config: RetrofitConfig) -> PreTrainedModel | None:
+    """What an evaluation compares with where all weights were trained: the base model. Else None."""
+    if config.trainable != "all":
+        return None
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    return load_model(config.model, device=device_of(config), dtype=dtype)[0]
+
+
 def device_of(config: RetrofitConfig) -> str | None:
     """As load_model takes it."""
     return None if config.device == "auto" else config.device
@@ -178,6 +187,7 @@ def _evaluate(
     held_out: list[str],
     config: RetrofitConfig,
     *,
+    reference: PreTrainedModel | None,
     say: Say,
 ) -> None:
     settings = config.evaluation
@@ -199,7 +209,16 @@ def _evaluate(
         say("  " + describe(score))
 
     others = other_documents(settings.other_texts, trained_on=config.texts)
-    evaluate(model, tokenizer, documents=held_out, points=points, settings=settings, others=others, on_score=keep)
+    evaluate(
+        model,
+        tokenizer,
+        documents=held_out,
+        points=points,
+        settings=settings,
+        others=others,
+        reference=reference,
+        on_score=keep,
+    )
 
 
 def provenance(model: PreTrainedModel, config: RetrofitConfig) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def _measure(run: Run, folder: Path, say: Say) -> tuple[list[dict[str, Any]], di
         points=[*points, Point(offset=0.0)],
         settings=replace(settings, same_ratio=True),
         others=other_documents(settings.other_texts, trained_on=config.texts),
+        reference=retrofit.load_reference(config),
         on_score=lambda score: say("  " + describe(score)),
     )
     return [score.to_dict() for score in scores], retrofit.provenance(model, config)
