@@ -138,9 +138,9 @@ def test_sixteen_bit_products_and_overlapping_launches() -> None:
     }
 
     def second_tokens(dtype: torch.dtype, *, eager: bool, runs: int = 1) -> list[dict[int, float]]:
-        model = tiny_model(dtype=torch.float32, head_dim=64, **shape).to("cuda", dtype)
+        model = tiny_model(dtype=torch.float32, head_dim=64, **shape)
         sparsekv.attach(model, policy="dms", window=16)
-        llm = _llm(random_heads(model), enforce_eager=eager)
+        llm = _llm(random_heads(model).to("cuda", dtype), enforce_eager=eager)
         outputs = [llm.generate(MANY[:8], params) for _ in range(runs)]
         steps = [[o.outputs[0].logprobs[1] for o in run] for run in outputs]
         assert all(step == steps[0] for step in steps)
