@@ -21,7 +21,7 @@ def configure(folder: Path, tmp_path: Path) -> Callable[..., RetrofitConfig]:
         values = {
             "model": str(folder),
             "output": str(tmp_path / "out"),
-            "texts": [str(folder / "texts")],
+            "data": [{"kind": "text", "names": [str(folder / "texts")]}, {"kind": "retrieval"}],
             "window": 8,
             "steps_per_cr": 2,
             "max_cr": 4,

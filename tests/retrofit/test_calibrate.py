@@ -77,10 +77,12 @@ def test_recalibrate_writes_the_table(configure: Callable[..., RetrofitConfig], 
     save_adapter(model, folder, AdapterConfig(base_model_name_or_path="m", base_shape=base_shape(model), window=8))
     fresh, tokenizer = load_model(config.model, device="cpu")
     settings = CalibrationConfig(targets=[2, 3], rows=2, length=128)
-    recalibrate(fresh, tokenizer, adapter=str(folder), text=config.texts[0], settings=settings, say=lambda line: None)
+    recalibrate(
+        fresh, tokenizer, adapter=str(folder), text=config.data[0].names[0], settings=settings, say=lambda line: None
+    )
     written = read_adapter(folder)[0]
     assert [ratio for _, ratio in written.offsets] == pytest.approx([2, 3], rel=0.05)
-    assert written.calibration == {"text": config.texts[0], "rows": 2, "length": 128, "through": "cache"}
+    assert written.calibration == {"text": config.data[0].names[0], "rows": 2, "length": 128, "through": "cache"}
     assert math.isinf(written.offset_for(1))
     with pytest.raises(ValueError, match="there is no adapter folder nowhere"):
         recalibrate(fresh, tokenizer, adapter="nowhere", text="t", settings=settings, say=lambda line: None)

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from sparsekv.retrofit.config import load_config, parse_config, save_config
+from sparsekv.retrofit.data_config import Source
 
-MINIMAL = {"model": "m", "output": "o", "texts": ["t.txt"]}
+MINIMAL = {"model": "m", "output": "o", "data": [{"kind": "text", "names": ["t.txt"]}, {"kind": "retrieval"}]}
 
 
 def test_the_shipped_configuration_is_the_documented_recipe() -> None:
@@ -25,19 +26,21 @@ def test_written_configuration_reads_back_equal(tmp_path: Path) -> None:
 
 def test_overrides_win_and_reach_inside(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(MINIMAL))
-    overrides = ["max_steps=20", "calibration.targets=[2, 3]", "evaluation.items=1", "texts=a.txt", "lr=1e-4"]
+    overrides = ["max_steps=20", "calibration.targets=[2, 3]", "evaluation.items=1", "lr=1e-4"]
+    overrides.append("data=[{kind: text, names: a.txt, weight: 2}]")
     config = load_config(tmp_path / "c.yaml", overrides=overrides)
     assert (config.max_steps, config.steps, config.calibration.targets) == (20, 20, [2.0, 3.0])
     assert config.final_cr == 1.2
     assert config.evaluation is not None
-    assert (config.evaluation.items, config.texts, config.lr) == (1, ["a.txt"], 1e-4)
+    assert (config.evaluation.items, config.lr) == (1, 1e-4)
+    assert config.data == [Source(kind="text", names=["a.txt"], weight=2.0)]
     assert load_config(tmp_path / "c.yaml", overrides=["evaluation=null"]).evaluation is None
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("windw=3", r"unknown key windw; the keys are model, output, texts, .*window"),
+        ("windw=3", r"unknown key windw; the keys are model, output, data, .*window"),
         ("calibration.rowz=3", r"unknown key calibration\.rowz; the keys are calibration\.targets, calibration\.rows"),
         ("window=0", "window is 0; it counts the current token"),
         ("window=64.5", "window is 64.5; it is a whole number"),
@@ -49,13 +52,22 @@ def test_overrides_win_and_reach_inside(tmp_path: Path) -> None:
         ("tau=0", "tau is 0; use more than 0"),
         ("lr=fast", "lr is 'fast'; it is a number"),
         ("batch=0", "batch is 0; use at least 1"),
-        ("retrieval_share=1.5", "retrieval_share is 1.5; it lies between 0 and 1"),
+        ("length=200", "length is 200; retrieval needs rows of 256 tokens or more"),
         ("trainable=some", "trainable is 'some'; use one of heads, lora, all"),
         ("lora.rank=0", "lora.rank is 0; use at least 1"),
         ("lora.targets=[]", "lora.targets is empty"),
         ("base_lr=-1", "base_lr is -1; use more than 0"),
         ("divergence=forward", "divergence is 'forward'; use one of kl_teacher_student, kl_student_teacher"),
-        ("texts=[]", "texts is empty"),
+        ("data=[]", "data is empty; name a source to train on"),
+        ("data=[{kind: retrieval}]", "retrieval needs text around its facts: give it names"),
+        ("data=[{kind: txt}]", "a source of kind 'txt'; use one of text, jsonl"),
+        ("data=[{kind: text}]", "a text source needs names"),
+        ("data=[{kind: text, names: [a], weight: 0}]", "the weight of a text source is 0; use more than 0"),
+        ("data=[{kind: text, names: [a], dataset: b}]", "a text source has no dataset; it takes names"),
+        ("data=[{kind: huggingface}]", "a huggingface source needs a dataset"),
+        ("data=[{kind: jsonl, names: [a], long: never}]", "long is 'never'; use one of cut, drop, refuse"),
+        ("data=[{kind: huggingface, dataset: a, streaming: 3}]", r"data\.streaming is 3; it is true or false"),
+        ("data=[{kind: text, nams: [a]}]", r"unknown key data\.nams"),
         ("model", "--set model has no '='"),
         ("model=[a]", r"model is \['a'\]; it is a text"),
     ],
@@ -70,8 +82,15 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, override: str, message: str) 
 def test_missing_files_and_keys_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read .*none\.yaml: No such file"):
         load_config(tmp_path / "none.yaml")
-    with pytest.raises(ValueError, match="the configuration lacks texts"):
+    with pytest.raises(ValueError, match="the configuration lacks data"):
         parse_config({"model": "m", "output": "o"})
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"bad\.yaml is not YAML"):
         load_config(tmp_path / "bad.yaml")
+
+
+def test_every_committed_configuration_loads() -> None:
+    folder = Path(__file__).parents[2] / "configs"
+    names = [path for path in folder.glob("*.yaml") if path.name != "ablations.yaml"]
+    assert all(load_config(path).data for path in names)
+    assert len(names) >= 2

@@ -12,7 +12,8 @@ from sparsekv.evals.corpus import Corpus
 from sparsekv.evals.forward import read
 from sparsekv.modeling.states import SplitModel
 from sparsekv.retrofit.config import RetrofitConfig
-from sparsekv.retrofit.data import Blend
+from sparsekv.retrofit.data import blend
+from sparsekv.retrofit.documents import read_all
 from sparsekv.retrofit.trainer import train
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +25,7 @@ def test_training_and_the_hard_rule_on_cuda(configure: Callable[..., RetrofitCon
     sparsekv.attach(model, policy="dms", window=config.window)
     tokenizer = tiny.tokenizer()
     corpus = Corpus([tiny.text(1500)], tokenizer)
-    rows = Blend(corpus, tokenizer, count=6, batch=2, length=512, retrieval_share=0.5, seed=0)
+    rows = blend(read_all(config.data, tokenizer, model="", seed=0), tokenizer, count=6, length=512, seed=0)
     train(model, rows, config, progress=False)
     heads = sparsekv.heads(model)
     assert all(head.weight.any() and torch.isfinite(head.weight).all() for head in heads)

@@ -156,7 +156,7 @@ def test_the_commands(configure: Configure, tmp_path: Path) -> None:
 
     output = call("retrofit", str(tmp_path / "run.yaml"), "--set", f"output={tmp_path / 'a'}").strip().splitlines()[-1]
     assert output == str(tmp_path / "a")
-    model, text = configure().model, configure().texts[0]
+    model, text = configure().model, configure().data[0].names[0]
     shared = [model, "--adapter", output, "--text", text, "--rows", "1", "--length", "128", "--json"]
     table = json.loads(call("calibrate", *shared, "--targets", "1.5,2.5"))["offsets"]
     assert [row["ratio"] for row in table] == pytest.approx([1.5, 2.5], rel=0.1)
@@ -168,7 +168,9 @@ def test_the_commands(configure: Configure, tmp_path: Path) -> None:
 
 
 def test_the_plain_entry_prints_one_sentence_for_a_mistake(tmp_path: Path, capsys) -> None:
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"model": "m", "output": "o", "texts": ["t"], "window": 0}))
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({"model": "m", "output": "o", "data": [{"kind": "text", "names": ["t"]}], "window": 0})
+    )
     assert entry.main([str(tmp_path / "c.yaml")]) == 2
     assert capsys.readouterr().err.startswith("Error: window is 0")
     assert entry.main([]) == 2

@@ -12,14 +12,14 @@ from torch.distributed.checkpoint import FileSystemReader
 
 import sparsekv
 from sparsekv import dms
-from sparsekv.evals.corpus import Corpus, load_documents
 from sparsekv.modeling import modes
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.load import load_model
 from sparsekv.retrofit import checkpoint
 from sparsekv.retrofit.config import RetrofitConfig
-from sparsekv.retrofit.data import Blend
+from sparsekv.retrofit.data import Blend, blend
 from sparsekv.retrofit.distill import Draw, marked_fractions
+from sparsekv.retrofit.documents import read_all
 from sparsekv.retrofit.run import load_for_training, load_teacher
 from sparsekv.retrofit.trainer import RetrofitTrainer, train
 
@@ -29,15 +29,8 @@ Configure = Callable[..., RetrofitConfig]
 def prepared(config: RetrofitConfig) -> tuple[Any, Blend, Any]:
     """(student, rows, teacher)"""
     model, tokenizer = load_for_training(config)
-    rows = Blend(
-        Corpus(load_documents(config.texts)[0], tokenizer),
-        tokenizer,
-        count=config.steps * config.batch,
-        batch=config.batch,
-        length=config.length,
-        retrieval_share=config.retrieval_share,
-        seed=config.seed,
-    )
+    documents = read_all(config.data, tokenizer, model=config.model, seed=config.seed)
+    rows = blend(documents, tokenizer, count=config.steps * config.batch, length=config.length, seed=config.seed)
     Path(config.output).mkdir(parents=True, exist_ok=True)
     return model, rows, load_teacher(config, tokenizer)
 

@@ -44,6 +44,11 @@ class Corpus:
         """Tokens of all documents together."""
         return sum(len(document.ids) for document in self.documents)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(len(document.ids) for document in self.documents)
+
     def window(self, rng: np.random.Generator, length: int) -> Window:
         """A random stretch of exactly `length` tokens; every stretch of the corpus is equally likely."""
         starts = np.array([max(len(document.ids) - length + 1, 0) for document in self.documents])
@@ -67,8 +72,8 @@ class Corpus:
         return torch.from_numpy(np.stack(turns[:count]).astype(np.int64))
 
     def _too_short(self, length: int) -> ValueError:
-        longest = max(len(document.ids) for document in self.documents)
-        return ValueError(f"rows of {length} tokens are asked for and the longest document has {longest}; ask for less")
+        text = f"rows of {length} tokens are asked for and the longest document has {self.longest}; ask for less"
+        return ValueError(text)
 
 
 def load_documents(names: Sequence[str]) -> tuple[list[str], list[str]]:

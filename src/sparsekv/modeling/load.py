@@ -1,5 +1,7 @@
 """A causal language model and its tokenizer, by embedded name, folder or hub id: the one place that loads them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,14 +23,24 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else "auto"
-    folder = resolve_model(name)
+    with _named(name):
+        model: Any = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype)
+    return model.to(device).eval(), load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer alone. Raises ValueError where there is no such model."""
+    with _named(name):
+        return AutoTokenizer.from_pretrained(resolve_model(name))
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(" .:")
         raise ValueError(
             f"cannot load {name}: it is neither smollm2-135m, nor a folder with a model, nor one that the hub gives "
             f"({reason})"
         ) from None
-    return model.to(device).eval(), tokenizer

@@ -38,11 +38,13 @@ class SplitModel:
         """Positions whose logits are held at once: a power of two, so that most texts are cut evenly."""
         self._check()
 
-    def hidden(self, ids: Tensor, *, cache: Cache | None = None) -> Tensor:
-        """ids: int64 [B, S], each row one text -> the last hidden states [B, S, hidden_size], ready for `logits`."""
+    def hidden(self, ids: Tensor, *, cache: Cache | None = None, documents: Tensor | None = None) -> Tensor:
+        """ids: int64 [B, S], each row one text, or packed with texts that `documents`, int64 [B, S], numbers in order
+        -> the last hidden states [B, S, hidden_size], ready for `logits`."""
         if cache is not None:
             return self.body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-        return self.body(input_ids=ids, use_cache=False, documents=None).last_hidden_state
+        positions = {} if documents is None else {"position_ids": _positions(documents)}
+        return self.body(input_ids=ids, use_cache=False, documents=documents, **positions).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., vocab], in the model's dtype."""
@@ -76,6 +78,13 @@ class SplitModel:
 @cache
 def _compiled(divergence: Divergence) -> Divergence:
     return torch.compile(divergence)
+
+
+def _positions(documents: Tensor) -> Tensor:
+    """int64 [B, S] -> int64 [B, S]: each token's place in its document."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return index - torch.where(begins, index, 0).cummax(-1).values
 
 
 class _ChunkedDivergence(torch.autograd.Function):

@@ -4,6 +4,7 @@ from typing import Any
 
 from sparsekv.modeling.adapter import AdapterConfig
 from sparsekv.retrofit.config import RetrofitConfig
+from sparsekv.retrofit.data_config import describe_data
 
 
 def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str, Any] | None) -> str:
@@ -18,9 +19,8 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
         f"{adapter.max_cr:.3g}. The base model is unchanged.\n",
         "## Training\n\n"
         f"{made['steps']} steps of {config.batch} x {config.length} tokens in {made['minutes']:g} minutes on "
-        f"{made['hardware']} (torch {made['torch']}); {made['text_tokens']:,} tokens of text "
-        f"({', '.join(config.texts)}, a tenth held out), "
-        f"{config.retrieval_share:.0%} of each batch long-range retrieval. Window {config.window}, "
+        f"{made['hardware']} (torch {made['torch']}); of the rows {describe_data(config.data)}, some of each text held "
+        f"out. Window {config.window}, "
         f"lag {config.lag}, learning rate {config.lr:g}, seed {config.seed}, commit {made['commit']}. Everything is in "
         "`config.yaml`, every step in `metrics.jsonl`.\n",
         "## Offsets\n\n"

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from sparsekv.evals.settings import EvaluationConfig
+from sparsekv.retrofit.data_config import Source, check_data
 from sparsekv.retrofit.parse import parse, read_yaml
 
 DIVERGENCES = ("kl_teacher_student", "kl_student_teacher")
@@ -75,8 +76,8 @@ class RetrofitConfig:
     """An embedded model's name, a folder, or a hub id."""
     output: str
     """The adapter's folder; the resolved config, metrics and checkpoints go there too."""
-    texts: list[str]
-    """"encyclopedia", a text file, or a folder of text files."""
+    data: list[Source]
+    """What it is trained on: a blend of sources; see data_config.py."""
     trainable: str = "heads"
     """heads: the base is frozen; lora: low-rank weights beside the heads; all: every weight."""
     teacher: str | None = None
@@ -91,8 +92,6 @@ class RetrofitConfig:
     batch: int = 16
     length: int = 2048
     """Tokens per row of a batch."""
-    retrieval_share: float = 0.5
-    """The part of each batch that is long-range retrieval."""
     lr: float = 3e-3
     """Of the eviction heads."""
     base_lr: float | None = None
@@ -119,7 +118,6 @@ class RetrofitConfig:
         _one_of("divergence", self.divergence, DIVERGENCES)
         _one_of("fraction", self.fraction, FRACTIONS)
         _one_of("device", self.device, DEVICES)
-        _need(bool(self.texts), "texts is empty; name a text to train on, such as encyclopedia or a file")
         _need(self.window >= 1, f"window is {self.window}; it counts the current token, so use at least 1")
         _need(self.lag in (0, 1), f"lag is {self.lag}; it is 0 or 1")
         _need(
@@ -129,11 +127,7 @@ class RetrofitConfig:
             self.length > 2 * self.window,
             f"length is {self.length} and window {self.window}: rows must be more than twice the window to learn from",
         )
-        _need(0 <= self.retrieval_share <= 1, f"retrieval_share is {self.retrieval_share:g}; it lies between 0 and 1")
-        _need(
-            self.length >= 256 or self.retrieval_share == 0,
-            f"length is {self.length}; retrieval needs rows of 256 tokens or more, or retrieval_share: 0",
-        )
+        check_data(self.data, length=self.length)
         _need(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "beta1 and beta2 lie between 0 and 1")
         for name in ("tau", "lr", "base_lr", "clip"):
             value = getattr(self, name)

@@ -55,15 +55,15 @@ class Distillation(nn.Module):
         self.teacher_split = None if teacher is None else SplitModel(teacher)
         self.divergence = _DIVERGENCES[config.divergence]
 
-    def forward(self, input_ids: Tensor, draw: Draw) -> dict[str, Tensor]:
-        """input_ids: int64 [B, S]. Returns float32 "loss", "divergence", "pull" and "fractions" [layers], the marked
-        fraction of each; the last two over the batch of all processes."""
+    def forward(self, input_ids: Tensor, draw: Draw, documents: Tensor | None = None) -> dict[str, Tensor]:
+        """input_ids: int64 [B, S]; documents: as SplitModel.hidden takes them. Returns float32 "loss", "divergence",
+        "pull" and "fractions" [layers], the marked fraction of each; the last two over the batch of all processes."""
         gates = attachment_of(self.student).gates
         assert isinstance(gates, SoftGates), "training runs within modes.soft"
         with self._autocast(input_ids.device):
-            teacher = self._teach(input_ids)
+            teacher = self._teach(input_ids, documents)
             gates.begin(seed=draw.seed, part=draw.part, parts=draw.parts)
-            student = self.split.hidden(input_ids)
+            student = self.split.hidden(input_ids, documents=documents)
             divergence = self._diverge(teacher, student)
         fractions = over_processes(marked_fractions(gates.gates, hard=self.settings.fraction == "hard"))
         pull = dms.hinge(fractions.mean(), draw.target)
@@ -75,11 +75,11 @@ class Distillation(nn.Module):
         }
 
     @torch.no_grad()
-    def _teach(self, ids: Tensor) -> Tensor:
+    def _teach(self, ids: Tensor, documents: Tensor | None) -> Tensor:
         if self.teacher_split is not None:
-            return self.teacher_split.hidden(ids)
+            return self.teacher_split.hidden(ids, documents=documents)
         with modes.original(self.student):
-            return self.split.hidden(ids)
+            return self.split.hidden(ids, documents=documents)
 
     def _diverge(self, teacher: Tensor, student: Tensor) -> Tensor:
         trained_head = any(p.requires_grad for p in self.split.head.parameters())

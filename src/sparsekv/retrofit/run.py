@@ -20,16 +20,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsekv.evals.corpus import Corpus, load_documents, other_documents
+from sparsekv.evals.corpus import Corpus, other_documents
 from sparsekv.evals.evaluate import Point, Score, describe, evaluate
 from sparsekv.modeling.adapter import CONFIG_FILE, read_adapter
 from sparsekv.modeling.attach import attach
-from sparsekv.modeling.load import load_model
+from sparsekv.modeling.load import load_model, load_tokenizer
 from sparsekv.retrofit.calibrate import fill_table
 from sparsekv.retrofit.card import model_card
 from sparsekv.retrofit.checkpoint import CHECKPOINTS
 from sparsekv.retrofit.config import RetrofitConfig, load_config, save_config
-from sparsekv.retrofit.data import Blend
+from sparsekv.retrofit.data import blend
+from sparsekv.retrofit.data_config import describe_data, texts_of
+from sparsekv.retrofit.documents import Documents, read_all
+from sparsekv.retrofit.documents import held_out as held_out_of
 from sparsekv.retrofit.export import MODEL_FOLDER, export
 from sparsekv.retrofit.metrics import METRICS_FILE
 from sparsekv.retrofit.trainer import adapter_config, train
@@ -46,10 +49,11 @@ def run(config: RetrofitConfig, *, say: Say = lambda text: print(text, file=sys.
     model or text that cannot be had, and settings that do not fit them.
     """
     output = prepare_output(config)
-    training, held_out = load_documents(config.texts)
     save_config(config, output / CONFIG_COPY)
+    documents = read_all(config.data, load_tokenizer(config.model), model=config.model, seed=config.seed)
+    held_out = held_out_of(documents)
     if not (output / CONFIG_FILE).exists():
-        _train(training, config, say=say)
+        _train(documents, config, say=say)
     model, tokenizer = load_result(config)
     adapter = read_adapter(output)[0]
     if not adapter.offsets:
@@ -58,7 +62,7 @@ def run(config: RetrofitConfig, *, say: Say = lambda text: print(text, file=sys.
             model,
             Corpus(held_out, tokenizer),
             adapter=config.output,
-            text=", ".join(config.texts),
+            text=describe_data(config.data),
             settings=config.calibration,
             batch=config.batch,
             say=say,
@@ -154,19 +158,11 @@ def device_name(model: PreTrainedModel) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _train(documents: list[str], config: RetrofitConfig, *, say: Say) -> None:
+def _train(documents: list[Documents], config: RetrofitConfig, *, say: Say) -> None:
     model, tokenizer = load_for_training(config)
     teacher = load_teacher(config, tokenizer)
     say(f"Training {config.steps} steps to ratio {config.final_cr:g} on {device_name(model)}")
-    rows = Blend(
-        Corpus(documents, tokenizer),
-        tokenizer,
-        count=config.steps * config.batch,
-        batch=config.batch,
-        length=config.length,
-        retrieval_share=config.retrieval_share,
-        seed=config.seed,
-    )
+    rows = blend(documents, tokenizer, count=config.steps * config.batch, length=config.length, seed=config.seed)
     weights = train(model, rows, config, teacher=teacher)
     seconds = [json.loads(line)["seconds"] for line in (Path(config.output) / METRICS_FILE).read_text().splitlines()]
     made = adapter_config(
@@ -174,7 +170,6 @@ def _train(documents: list[str], config: RetrofitConfig, *, say: Say) -> None:
         config,
         steps=config.steps,
         final_cr=config.final_cr,
-        text_tokens=rows.corpus.tokens,
         minutes=round(sum(seconds) / 60, 2),
         **provenance(model, config),
     )
@@ -200,7 +195,12 @@ def _evaluate(
 
     def keep(score: Score) -> None:
         scores.append(score.to_dict())
-        about = {"model": config.model, "texts": config.texts, "through": settings.through, "date": started}
+        about = {
+            "model": config.model,
+            "data": describe_data(config.data),
+            "through": settings.through,
+            "date": started,
+        }
         settings_used = asdict(settings)
         results = (
             about | provenance(model, config) | {"seed": settings.seed, "settings": settings_used, "scores": scores}
@@ -208,7 +208,7 @@ def _evaluate(
         (Path(config.output) / EVAL_FILE).write_text(json.dumps(results, indent=1) + "\n")
         say("  " + describe(score))
 
-    others = other_documents(settings.other_texts, trained_on=config.texts)
+    others = other_documents(settings.other_texts, trained_on=texts_of(config.data))
     evaluate(
         model,
         tokenizer,

@@ -139,10 +139,10 @@ class RetrofitTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """inputs: input_ids int64 [B, S] -> the scalar loss."""
+        """inputs: input_ids and, where rows are packed, documents, int64 [B, S] -> the scalar loss."""
         step = self.state.global_step + 1
         draw = Draw(seed=self.retrofit.seed * 1_000_003 + step, target=self.target(step))
-        self._parts = model(inputs["input_ids"], draw)
+        self._parts = model(inputs["input_ids"], draw, documents=inputs.get("documents"))
         return self._parts["loss"]
 
     def target(self, step: int) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sparsekv.evals.corpus import load_documents, other_documents
+from sparsekv.evals.corpus import other_documents
 from sparsekv.evals.evaluate import Point, describe, evaluate
 from sparsekv.modeling.adapter import read_adapter
 from sparsekv.modeling.attach import attach, heads
@@ -25,6 +25,8 @@ from sparsekv.modeling.load import load_model
 from sparsekv.retrofit import run as retrofit
 from sparsekv.retrofit.ablations.controls import CONTROLS
 from sparsekv.retrofit.ablations.study import BASE, Run, Study
+from sparsekv.retrofit.data_config import texts_of
+from sparsekv.retrofit.documents import held_out, read_all
 from sparsekv.retrofit.metrics import METRICS_FILE
 
 RESULTS = "ablations.jsonl"
@@ -108,10 +110,10 @@ def _measure(run: Run, folder: Path, say: Say) -> tuple[list[dict[str, Any]], di
     scores = evaluate(
         model,
         tokenizer,
-        documents=load_documents(config.texts)[1],
+        documents=held_out(read_all(config.data, tokenizer, model=config.model, seed=config.seed)),
         points=[*points, Point(offset=0.0)],
         settings=replace(settings, same_ratio=True),
-        others=other_documents(settings.other_texts, trained_on=config.texts),
+        others=other_documents(settings.other_texts, trained_on=texts_of(config.data)),
         reference=retrofit.load_reference(config),
         on_score=lambda score: say("  " + describe(score)),
     )
