@@ -60,8 +60,10 @@ class ItemBuilder:
         length: int,
         style: str,
         ordered: bool = False,
+        within: float = 1.0,
     ) -> Item:
-        """facts: all are told, those at indices `asked` are asked about, in that order. ordered: told in order.
+        """facts: all are told, in the first `within` of the text; those at indices `asked` are asked about, in that
+        order. ordered: told in order.
 
         Raises ValueError where the facts and questions do not fit into `length` tokens.
         """
@@ -72,7 +74,7 @@ class ItemBuilder:
             raise ValueError(f"{len(facts)} facts and {len(asked)} questions do not fit into {length} tokens")
         hay = self.corpus.window(rng, room)
         cuts = hay.cuts if len(hay.cuts) else np.array([0])
-        places = rng.choice(cuts, size=len(facts))
+        places = rng.choice(cuts[cuts <= max(within * room, cuts[0])], size=len(facts))
         order = np.argsort(places, kind="stable")
         turn = list(range(len(told))) if ordered else rng.permutation(len(told)).tolist()
         places = places[order]

@@ -29,6 +29,14 @@ _POOLS = {
     "month": "January February March April May June July August September October November December",
     "word": "ocean silver thunder marble lantern forest copper meadow winter crystal feather harvest island pepper "
     "shadow velvet canyon ember falcon granite",
+    "word2": "alpha cobalt delta echo gamma helix indigo jasper kappa lotus nectar omega",
+    "surname": "Adler Berg Costa Duran Engel Fischer Grant Holm Ibsen Jansen Keller Lund Moreau Novak Olsen Paulsen",
+    "instrument": "flute cello harp trumpet organ banjo oboe guitar clarinet piano viola horn",
+    "language": "French Danish Greek Polish Turkish Latin Arabic Welsh Finnish Hindi Czech Spanish",
+    "sport": "tennis fencing rowing chess archery boxing judo cricket golf curling skating wrestling",
+    "metal": "copper tin gold zinc nickel bronze iron cobalt platinum brass lead chromium",
+    "drink": "tea coffee cider milk cocoa lemonade wine beer water juice brandy ale",
+    "vehicle": "tram bicycle truck canoe sledge scooter carriage ferry tractor wagon balloon helicopter",
 }
 
 

@@ -1,4 +1,5 @@
-"""Training's long-range retrieval: one to nine facts in mixed templates at random depth, some or all of them asked.
+"""Training's long-range retrieval at random depth: one to nine facts in mixed templates, some or all of them asked;
+look-ups among many entries of one template; variable chains. In some the facts are all told long before the question.
 
 Without it retrieval is lost at any ratio above 3: ordinary text hardly ever asks for a token that is a thousand back.
 The templates and words are those of evals/templates.py that the evaluation does not use.
@@ -12,24 +13,44 @@ from sparsekv.evals.templates import TRAINING, Template, chain
 _FAMILIES: dict[str, list[Template]] = {}
 for _template in TRAINING:
     _FAMILIES.setdefault(_template.family, []).append(_template)
+_KEYED = [template for template in TRAINING if template.key is not None]
 
-CHAIN_SHARE = 0.1
+CHAIN_SHARE, LOOK_UP_SHARE = 0.1, 0.25
+"""Of the items; the others are facts of mixed families."""
+FAR_SHARE, FAR = 0.3, 0.15
+"""The part of the items whose facts are all told in the first stretch of the text, and how long that is."""
 MAX_FAMILIES = 3
 MAX_FACTS = 3
 """Facts of one family in one item."""
+MAX_ENTRIES = 16
+"""Of a look-up."""
 TOKENS_PER_FACT = 160
 """Short rows get fewer facts."""
+TOKENS_PER_ENTRY = 64
 
 
 def training_item(builder: ItemBuilder, rng: np.random.Generator, length: int) -> Item:
     """A random item of exactly `length` tokens (256 or more), all of it decided by `rng`."""
-    style = str(rng.choice(builder.styles))
-    if rng.random() < CHAIN_SHARE:
+    style, kind = str(rng.choice(builder.styles)), rng.random()
+    within = FAR if rng.random() < FAR_SHARE else 1.0
+    if kind < CHAIN_SHARE:
         facts = chain(rng, int(rng.integers(2, 4)))
-        return builder.build(rng, facts, asked=[len(facts) - 1], length=length, style=style, ordered=True)
-    facts = _facts(rng)[: max(1, length // TOKENS_PER_FACT)]
-    asked = rng.permutation(len(facts))[: int(rng.integers(1, len(facts) + 1))].tolist()
-    return builder.build(rng, facts, asked=asked, length=length, style=style)
+        asked = [len(facts) - 1]
+        return builder.build(rng, facts, asked=asked, length=length, style=style, ordered=True, within=within)
+    if kind < CHAIN_SHARE + LOOK_UP_SHARE:
+        facts = _entries(rng)[: max(1, length // TOKENS_PER_ENTRY - 1)]
+        questions = min(len(facts), 1 + length // (8 * TOKENS_PER_FACT))
+    else:
+        facts = _facts(rng)[: max(1, length // TOKENS_PER_FACT)]
+        questions = len(facts)
+    asked = rng.permutation(len(facts))[: int(rng.integers(1, questions + 1))].tolist()
+    return builder.build(rng, facts, asked=asked, length=length, style=style, within=within)
+
+
+def _entries(rng: np.random.Generator) -> list[Fact]:
+    """Many facts of one template, told apart by their keys alone."""
+    template = _KEYED[int(rng.integers(len(_KEYED)))]
+    return template.facts(rng, int(rng.integers(4, MAX_ENTRIES + 1)))
 
 
 def _facts(rng: np.random.Generator) -> list[Fact]:

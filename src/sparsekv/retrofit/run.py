@@ -49,9 +49,9 @@ def run(config: RetrofitConfig, *, say: Say = lambda text: print(text, file=sys.
     model or text that cannot be had, and settings that do not fit them.
     """
     output = prepare_output(config)
-    save_config(config, output / CONFIG_COPY)
     documents = read_all(config.data, load_tokenizer(config.model), model=config.model, seed=config.seed)
     held_out = held_out_of(documents)
+    save_config(config, output / CONFIG_COPY)
     if not (output / CONFIG_FILE).exists():
         _train(documents, config, say=say)
     model, tokenizer = load_result(config)
