@@ -46,6 +46,15 @@ def test_the_table_is_monotone_and_near_its_targets(through: str, lag: int) -> N
     assert attachment_of(model).policy.offset == 0
 
 
+def test_rows_longer_than_a_chunk_give_the_same_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = calibrate(attached(), tokens(2, 200), targets=[2.0, 4.0])
+    monkeypatch.setattr("sparsekv.evals.forward.CHUNK", 64)
+    chunked = calibrate(attached(), tokens(2, 200), targets=[2.0, 4.0])
+    for one, other in zip(whole, chunked, strict=True):
+        assert one.ratio == pytest.approx(other.ratio, rel=1e-3)
+        assert one.offset == pytest.approx(other.offset, abs=1e-3)
+
+
 def test_the_measured_ratio_is_what_a_cache_holds_at_that_offset() -> None:
     model, ids = attached(), tokens(2, 200)
     for dial in calibrate(model, ids, targets=[2.0, 4.0], through="mask"):

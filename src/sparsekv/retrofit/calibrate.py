@@ -9,6 +9,7 @@ and the offset for a ratio is minus an order statistic of z. Deeper layers' z mo
 each offset is run, z recorded anew under it, and the offset mended until the measured ratio is within tolerance.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -178,20 +179,21 @@ def _measure(split: SplitModel, policy: DMSPolicy, rows: Tensor, batch: int, thr
         with recorded_logits(policy) as recorded:
             reading = read(split, ids, through=through)
         seen, held = seen + reading.seen, held + reading.held
-        z = torch.stack([recorded[layer].view(*ids.shape, -1).permute(2, 0, 1) for layer in sorted(recorded)])
+        chunks = [[part.unflatten(0, (len(ids), -1)) for part in recorded[layer]] for layer in sorted(recorded)]
+        z = torch.stack([torch.cat(parts_of_layer, dim=1).permute(2, 0, 1) for parts_of_layer in chunks])
         parts.append(dms.align(z, policy.lag, fill=-torch.inf))
     return seen / held, torch.cat(parts, dim=2)
 
 
 @contextmanager
-def recorded_logits(policy: DMSPolicy) -> Iterator[dict[int, Tensor]]:
-    """Within, each forward leaves its logits without the offset behind: by layer, float32 [B * S, kv_heads]."""
-    recorded: dict[int, Tensor] = {}
+def recorded_logits(policy: DMSPolicy) -> Iterator[dict[int, list[Tensor]]]:
+    """Within, forwards leave their logits without the offset behind: by layer, float32 [B * S, kv_heads] of each."""
+    recorded: dict[int, list[Tensor]] = defaultdict(list)
     logits = policy.logits
 
     def record(layer: int, hidden: Any, **kwargs: Any) -> Tensor:
         result = logits(layer, hidden, **kwargs)
-        recorded[layer] = result - policy.offset
+        recorded[layer].append(result - policy.offset)
         return result
 
     policy.logits = record

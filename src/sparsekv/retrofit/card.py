@@ -36,7 +36,9 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
 def _evaluation(results: dict[str, Any]) -> str:
     scores = results["scores"]
     kinds = list(scores[0]["retrieval"])
-    header = ["measured ratio", "perplexity", "over dense", "divergence (nats)", "same token"]
+    others = list(scores[0]["others"])
+    header = ["measured ratio", "perplexity", "over dense", *(f"{name}, over dense" for name in others)]
+    header += ["divergence (nats)", "same token"]
     header += [f"{kind} ({'/'.join(scores[0]['retrieval'][kind]['accuracy'])})" for kind in kinds]
     header += [f"{kind}, share of dense" for kind in kinds]
     rows = []
@@ -44,7 +46,7 @@ def _evaluation(results: dict[str, Any]) -> str:
         row = [
             f"{score['ratio']:.2f}",
             f"{score['perplexity']:.3f}",
-            f"{score['perplexity'] / score['perplexity_dense'] - 1:+.2%}",
+            *(_over_dense(text) for text in (score, *(score["others"][name] for name in others))),
             f"{score['divergence']:.4f}",
             f"{score['agreement']:.1%}",
         ]
@@ -58,8 +60,15 @@ def _evaluation(results: dict[str, Any]) -> str:
         f"Teacher-forced on held-out text ({used['rows']} texts of {used['length']} tokens, {used['items']} retrieval "
         f"items a cell; {results['hardware']}, through the {results['through']}, seed {results['seed']}, "
         f"{results['date']}). Pass-keys are in a template that training uses, unseen facts in templates and words that "
-        "it does not.\n\n" + _table(header, rows)
+        "it does not. Nothing that is measured was trained on"
+        + ("; each text has an offset of its own to the same ratio" if used["same_ratio"] else "")
+        + ".\n\n"
+        + _table(header, rows)
     )
+
+
+def _over_dense(text: dict[str, Any]) -> str:
+    return f"{text['perplexity'] / text['perplexity_dense'] - 1:+.2%}"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
