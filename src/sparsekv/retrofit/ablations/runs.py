@@ -20,8 +20,7 @@ import torch
 from sparsekv.evals.corpus import other_documents
 from sparsekv.evals.evaluate import Point, describe, evaluate
 from sparsekv.modeling.adapter import read_adapter
-from sparsekv.modeling.attach import attach, heads
-from sparsekv.modeling.load import load_model
+from sparsekv.modeling.attach import heads
 from sparsekv.retrofit import run as retrofit
 from sparsekv.retrofit.ablations.controls import CONTROLS
 from sparsekv.retrofit.ablations.study import BASE, Run, Study
@@ -62,7 +61,7 @@ def perform(
             say(f"The {seconds:g} seconds are over: {name} and what follows are left out")
             return
         expected = run.config.steps * max((line["seconds_per_step"] for line in lines), default=0.0)
-        if not run.control and expected > run_seconds:
+        if run.trained and expected > run_seconds:
             say(f"{name} is left out: it would train for some {expected:.0f} seconds")
             continue
         say(f"== {name}")
@@ -71,7 +70,7 @@ def perform(
 
 
 def _lines(run: Run, base: Run, out: Path, say: Say) -> list[dict[str, Any]]:
-    made = base if run.control else run
+    made = run if run.trained else base
     config = replace(made.config, output=str(out / made.folder), evaluation=None)
     folder = Path(config.output)
     started = time.monotonic()
@@ -96,17 +95,16 @@ def _lines(run: Run, base: Run, out: Path, say: Say) -> list[dict[str, Any]]:
 
 
 def _measure(run: Run, folder: Path, say: Say) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(scores, dialled and undialled; where they come from)."""
+    """(scores, dialled and undialled; where they come from). A checkpoint is measured as it was saved."""
     config, settings = run.config, run.config.evaluation
     assert settings is not None
-    own = folder / "model"  # where all weights were trained
-    device = None if config.device == "auto" else config.device
-    model, tokenizer = load_model(str(own) if own.exists() else config.model, device=device)
-    attach(model, adapter=str(folder))
-    if run.control is not None:
-        CONTROLS[run.control](heads(model), seed=config.seed)
     reach = read_adapter(folder)[0].max_cr * 1.05
     points = [Point(asked=ratio, offset=0.0) for ratio in settings.ratios if ratio <= reach]
+    if run.checkpoint is not None:
+        folder, points = folder / f"cr{run.checkpoint:g}", []
+    model, tokenizer = retrofit.load_result(replace(config, output=str(folder)))
+    if run.control is not None:
+        CONTROLS[run.control](heads(model), seed=config.seed)
     scores = evaluate(
         model,
         tokenizer,

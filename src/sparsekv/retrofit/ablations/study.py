@@ -6,6 +6,7 @@ which runs are shown together.
       base: {}
       window 16: {window: 16}
       shuffled heads: {control: shuffled}
+      on the way at 4: {checkpoint: 4}      the base's heads when its target was 4; base has family: [4]
     pictures:
       window: {title: The window, runs: [window 16, base]}
 """
@@ -26,18 +27,24 @@ BASE = "base"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One retrofit, or the base's heads with something done to them."""
+    """One retrofit, or the base's heads at an earlier step or with something done to them."""
 
     name: str
     config: RetrofitConfig
-    """Of a control: the base's."""
+    """The base's where nothing is trained."""
     changes: dict[str, Any]
     control: str | None = None
+    checkpoint: float | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether it trains heads of its own."""
+        return self.control is None and self.checkpoint is None
 
     @property
     def folder(self) -> str:
         """Its name as a folder's."""
-        return (BASE if self.control else self.name).replace(" ", "-")
+        return (self.name if self.trained else BASE).replace(" ", "-").replace(",", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +106,16 @@ def _nested(dotted: str, value: Any) -> dict[str, Any]:
 
 
 def _run(name: str, base: dict[str, Any], changes: dict[str, Any]) -> Run:
-    control = changes.get("control")
+    control, ratio = changes.get("control"), changes.get("checkpoint")
     if control is not None and (control not in CONTROLS or len(changes) > 1):
         raise ValueError(f"run {name}: a control is one of {', '.join(CONTROLS)} and changes nothing else")
+    if ratio is not None and (ratio not in base.get("family", []) or len(changes) > 1):
+        raise ValueError(f"run {name}: a checkpoint is a ratio of the base's family and changes nothing else")
+    own = control is None and ratio is None
     try:
-        config = parse_config(merged(base, {} if control else changes) | {"output": name})
+        config = parse_config(merged(base, changes if own else {}) | {"output": name})
     except ValueError as error:
         raise ValueError(f"run {name}: {error}") from None
     if config.evaluation is None:
         raise ValueError(f"run {name}: evaluation is null and an ablation measures; leave it out or fill it in")
-    return Run(name=name, config=config, changes=changes, control=control)
+    return Run(name=name, config=config, changes=changes, control=control, checkpoint=ratio)
