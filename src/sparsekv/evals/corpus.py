@@ -6,6 +6,7 @@ A row never leaves its document, so nothing needs to be kept apart inside it.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +30,13 @@ class Window:
 
 
 class Corpus:
-    """Documents of plain text, tokenised once.
+    """Documents of plain text, each tokenised once however many corpora hold it.
 
     Raises ValueError for an empty corpus, and in `window` and `rows` where no document is long enough.
     """
 
     def __init__(self, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
-        self.documents = [_tokenise(text, tokenizer) for text in documents if text.strip()]
+        self.documents = [_tokenise(text, _Reader(tokenizer)) for text in documents if text.strip()]
         if not self.documents:
             raise ValueError("the text is empty; name a file with plain text in it")
 
@@ -125,9 +126,24 @@ def _documents(name: str) -> list[str]:
         raise ValueError(f"cannot read {name} as UTF-8 text: {error}") from None
 
 
-def _tokenise(text: str, tokenizer: PreTrainedTokenizerBase) -> Window:
+class _Reader:
+    """A tokenizer as a key: one that was loaded again from the same place reads the same."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.name = tokenizer.name_or_path or str(id(tokenizer))
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Reader) and other.name == self.name
+
+
+@lru_cache(maxsize=4096)
+def _tokenise(text: str, reader: _Reader) -> Window:
     pieces = [piece for piece in _SENTENCE_END.split(text) if piece]
-    ids = tokenizer(pieces, add_special_tokens=False)["input_ids"]
+    ids = reader.tokenizer(pieces, add_special_tokens=False)["input_ids"]
     lengths = np.array([len(piece) for piece in ids])
     starts = np.concatenate([[0], lengths.cumsum()[:-1]])
     return Window(ids=np.concatenate([np.asarray(piece, dtype=np.int32) for piece in ids]), cuts=starts[lengths > 0])
