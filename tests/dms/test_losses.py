@@ -36,6 +36,15 @@ def test_hinge_pulls_one_way():
     assert fraction.grad[2] == 0
 
 
+def test_hinge_sum_is_over_all_decisions():
+    """Ten decisions of which four are marked and 7.5 wanted: 3.5, and a gradient of 1 to each decision."""
+    alpha = torch.tensor([1.0] * 4 + [0.0] * 6, requires_grad=True)
+    loss = dms.hinge_sum(alpha.mean(), 0.75, 10)
+    loss.backward()
+    assert float(loss) == pytest.approx(3.5)
+    assert torch.allclose(alpha.grad, torch.full((10,), -1.0))
+
+
 def test_bernoulli_kl_by_hand():
     """KL(Bernoulli(3/4) || Bernoulli(1/2)) = 3/4 log(3/2) + 1/4 log(1/2)."""
     assert float(dms.bernoulli_kl(torch.tensor(0.5), 0.75)) == pytest.approx(TEACHER_STUDENT, abs=1e-6)

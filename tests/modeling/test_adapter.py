@@ -159,7 +159,7 @@ DAMAGE = {
     "its configuration names LoRA and it holds none": lambda f: rewrite(f, r=8, target_modules=["q_proj"]),
     "window must be an integer of at least 1": lambda f: rewrite(f, window=0),
     "window must be an integer": lambda f: rewrite(f, window="64"),
-    "and lag 0 or 1": lambda f: rewrite(f, lag=3),
+    "and lag 0, 1 or the window": lambda f: rewrite(f, lag=2),
     "offsets must be a list of": lambda f: rewrite(f, offsets=[[1, 2, 3]]),
     "offsets must ascend": lambda f: rewrite(f, offsets=[[0, 4], [1, 4]]),
     "damaged: it has heads for layers": lambda f: damage_tensors(

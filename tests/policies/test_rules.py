@@ -127,7 +127,7 @@ def test_known_names_build_and_unknown_ones_are_refused():
         (lambda: StreamingPolicy(budget=4, sinks=4), "budget 4 leaves no recent window beside 4 sinks; use at least 5"),
         (lambda: StreamingPolicy(budget=4, sinks=-1), "sinks is -1"),
         (lambda: dms(0), "window is 0; it counts the current token, so use at least 1"),
-        (lambda: dms(4, lag=2), "lag is 2"),
+        (lambda: dms(4, lag=2), "lag is 2; the logit of token k . lag decides token k: use 0, 1 or the window"),
     ],
 )
 def test_bad_options_are_refused(build, message):

@@ -1,8 +1,6 @@
 """The trainer: what it teaches, what it stops at, and that a killed run goes on as if nothing had happened."""
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +9,19 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 import sparsekv
+import tiny
+from helpers import tiny_model, tokens
+from retrofitting import Configure, prepared, trained, trainer_of
 from sparsekv import dms
 from sparsekv.modeling import modes
+from sparsekv.modeling.adapter import read_adapter
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.load import load_model
 from sparsekv.retrofit import checkpoint
-from sparsekv.retrofit.config import RetrofitConfig
-from sparsekv.retrofit.data import Blend, blend
-from sparsekv.retrofit.distill import Draw, marked_fractions
-from sparsekv.retrofit.documents import read_all
-from sparsekv.retrofit.run import load_for_training, load_teacher
-from sparsekv.retrofit.trainer import RetrofitTrainer, train
-
-Configure = Callable[..., RetrofitConfig]
-
-
-def prepared(config: RetrofitConfig) -> tuple[Any, Blend, Any]:
-    """(student, rows, teacher)"""
-    model, tokenizer = load_for_training(config)
-    documents = read_all(config.data, tokenizer, model=config.model, seed=config.seed)
-    rows = blend(documents, tokenizer, count=config.steps * config.batch, length=config.length, seed=config.seed)
-    Path(config.output).mkdir(parents=True, exist_ok=True)
-    return model, rows, load_teacher(config, tokenizer)
-
-
-def trained(config: RetrofitConfig) -> tuple[Any, list[dict[str, Any]]]:
-    model, rows, teacher = prepared(config)
-    train(model, rows, config, teacher=teacher, progress=False)
-    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
-    return model, [json.loads(line) for line in lines]
-
-
-@contextmanager
-def trainer_of(config: RetrofitConfig) -> Iterator[RetrofitTrainer]:
-    model, rows, teacher = prepared(config)
-    with modes.soft(model, tau=config.tau):
-        yield RetrofitTrainer(model, rows, config, teacher=teacher, progress=False)
+from sparsekv.retrofit.data import Blend
+from sparsekv.retrofit.distill import Distillation, Draw, marked_fractions
+from sparsekv.retrofit.metrics import blocks
+from sparsekv.retrofit.trainer import train
 
 
 def test_steps_move_the_heads_and_only_the_heads(configure: Configure) -> None:
@@ -82,7 +57,8 @@ def test_what_is_trained_moves_and_the_teacher_does_not(configure: Configure, tr
     lora = {name: p for name, p in after.items() if ".lora_" in name}
     assert len(lora) == (0 if trainable == "all" else 2 * 7 * 2)
     assert all(p.any() and p.dtype == torch.float32 for p in lora.values())
-    assert set(weights) == {"student." + name for name, p in model.named_parameters() if p.requires_grad}
+    trained_names = {"student." + name for name, p in model.named_parameters() if p.requires_grad}
+    assert set(weights) == trained_names | {"quantiles"}
     assert all(torch.equal(p, weights["student." + name]) for name, p in model.named_parameters() if p.requires_grad)
 
 
@@ -175,7 +151,7 @@ def test_a_checkpoint_is_what_is_trained_and_no_more(configure: Configure, train
     found = checkpoint.newest(Path(config.output))
     assert found is not None
     kept = FileSystemReader(found / checkpoint.WEIGHTS).read_metadata().state_dict_metadata
-    assert len([key for key in kept if key.startswith("model.")]) == 2 * per_layer
+    assert len([key for key in kept if key.startswith("model.student.")]) == 2 * per_layer
     assert len([key for key in kept if key.endswith(".exp_avg")]) == 2 * per_layer
 
 
@@ -203,7 +179,118 @@ def test_fraction_soft_and_straight_through_by_hand() -> None:
     assert torch.allclose(torch.autograd.grad(hard.mean(), gates[0])[0], (alphas * (1 - alphas))[:1] / 4)
 
 
-@pytest.mark.parametrize("changes", [{"divergence": "kl_student_teacher"}, {"fraction": "hard"}, {"lag": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"divergence": "kl_student_teacher"},
+        {"fraction": "hard"},
+        {"lag": 1},
+        {"lag": 8},
+        {"pull": "hinge_sum", "fraction": "hard"},
+        {"pull": "bernoulli_kl"},
+    ],
+)
 def test_options_train(configure: Configure, changes: dict[str, Any]) -> None:
     _, metrics = trained(configure(max_steps=2, **changes))
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in metrics)
+
+
+@pytest.mark.parametrize("trainable", ["heads", "all"])
+def test_gradient_checkpointing_changes_nothing(configure: Configure, tmp_path: Path, trainable: str) -> None:
+    """The layers that run again in the backward draw the noise that they drew before."""
+    runs = [
+        trained(
+            configure(
+                output=str(tmp_path / str(on)), gradient_checkpointing=on, lr=0.05, trainable=trainable, max_steps=3
+            )
+        )
+        for on in (False, True)
+    ]
+    (first, plain), (second, again) = runs
+    assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in plain], rel=1e-6)
+    for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_step_in_parts_has_the_gradient_of_the_whole(configure: Configure, tmp_path: Path) -> None:
+    """While both halves pull: a hinge that is off in one of them is each part's own."""
+    runs = [
+        trained(configure(output=str(tmp_path / str(parts)), accumulate=parts, lr=0.05, batch=4, max_steps=3))
+        for parts in (1, 2)
+    ]
+    (first, plain), (second, again) = runs
+    assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in plain], rel=1e-5)
+    for ours, theirs in zip(sparsekv.heads(first), sparsekv.heads(second), strict=True):
+        assert torch.allclose(ours.weight, theirs.weight, atol=1e-5)
+
+
+def test_the_heads_of_a_layer_decide_as_one(configure: Configure) -> None:
+    config = configure(granularity="layer", lr=0.05, max_steps=3)
+    model, _ = trained(config)
+    for head in sparsekv.heads(model):
+        assert head.weight.any()
+        assert torch.equal(head.weight[0], head.weight[1]) and torch.equal(head.bias[0], head.bias[1])
+    with modes.soft(model, tau=0.1, shared=True) as gates, torch.no_grad():
+        model(torch.arange(30)[None])
+    assert all(torch.equal(gate[:, 0], gate[:, 1]) for gate in gates.gates.values())
+    with modes.soft(model, tau=0.1) as gates, torch.no_grad():
+        model(torch.arange(30)[None])
+    assert not any(torch.equal(gate[:, 0], gate[:, 1]) for gate in gates.gates.values())
+
+
+def test_a_family_is_saved_on_the_way(configure: Configure) -> None:
+    config = configure(family=[2, 3], lr=0.05)
+    _, metrics = trained(config)
+    output = Path(config.output)
+    adapters = {ratio: read_adapter(output / f"cr{ratio}") for ratio in (2, 3)}
+    assert [adapter.training["steps"] for adapter, _ in adapters.values()] == [2, 4]
+    assert [metrics[steps - 1]["ratio_target"] for steps in (2, 4)] == pytest.approx([2, 3])
+    name = "base_model.model.model.layers.0.self_attn.eviction_head.weight"
+    assert not torch.equal(adapters[2][1][name], adapters[3][1][name])
+
+
+def test_a_ratio_drawn_anew_shifts_the_logits_to_it(configure: Configure) -> None:
+    config = configure(max_cr=2, hold_steps=12, hold="random", lr=0.05, steps_per_cr=4)
+    model, metrics = trained(config)
+    schedule, held = metrics[:4], metrics[4:]
+    assert [line["target"] for line in schedule] == pytest.approx([1 - 1 / (1 + step / 4) for step in (1, 2, 3, 4)])
+    targets = [line["target"] for line in held]
+    assert len(set(targets)) == 12 and all(0 <= target < 0.5 for target in targets) and max(targets) > 0.25
+    assert attachment_of(model).policy.offset == 0
+
+
+@torch.no_grad()
+def test_the_shift_gives_the_fraction_that_was_drawn(configure: Configure) -> None:
+    """Exactly so in one layer; later ones' logits move with what earlier ones forget."""
+    model, ids = tiny_model(num_hidden_layers=1), tokens(4, 200)
+    sparsekv.attach(model, policy="dms", window=8)
+    tiny.random_heads(sparsekv.heads(model))
+    with modes.soft(model, tau=0.1):
+        distillation = Distillation(model, configure(hold_steps=1, hold="random", fraction="hard"))
+
+        def marked(target: float, full: float | None) -> float:
+            return float(distillation(ids, Draw(seed=1, target=target, full=full))["fractions"].mean())
+
+        full = marked(0.9, None)
+        assert 0.3 < full < 0.7
+        targets = [share * full for share in (0.2, 0.7, 1.0)]
+        assert [marked(target, full) for target in targets] == pytest.approx(targets, abs=1 / 128)
+
+
+def test_a_ratio_that_does_not_move_stops_the_run(configure: Configure) -> None:
+    with pytest.raises(ValueError, match=r"does not move: 0\.\d+ 3 steps ago, 0\.\d+ now, and the target is 0\.67"):
+        trained(configure(lr=1e-9, stall_steps=3, steps_per_cr=2))
+
+
+def test_tensorboard_and_the_bar(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configure(tensorboard=True, max_steps=2)
+    model, rows, _ = prepared(config)
+    train(model, rows, config)
+    assert list((Path(config.output) / "tensorboard").glob("events*"))
+    assert "divergence 0." in capsys.readouterr().err
+    assert blocks([0.0, 0.5, 1.0]) == " ▄█"
+
+
+def test_parts_that_do_not_divide_the_batch_are_refused(configure: Configure) -> None:
+    with pytest.raises(ValueError, match="batch is 2; accumulate 3 must divide it"):
+        configure(accumulate=3)

@@ -4,7 +4,7 @@ Uses nothing else of sparsekv. Positions count from 0; one logit per token and K
 """
 
 from sparsekv.dms.heads import EvictionHead, NeuronSource, linear_logits, neuron_logits, zero_neuron_
-from sparsekv.dms.losses import bernoulli_kl, hinge, kl_student_teacher, kl_teacher_student
+from sparsekv.dms.losses import bernoulli_kl, hinge, hinge_sum, kl_student_teacher, kl_teacher_student
 from sparsekv.dms.schedule import compression_ratio, target_fraction
 from sparsekv.dms.visibility import align, hard_log_keep, log_keep, logistic, marks, visible
 
@@ -16,6 +16,7 @@ __all__ = [
     "compression_ratio",
     "hard_log_keep",
     "hinge",
+    "hinge_sum",
     "kl_student_teacher",
     "kl_teacher_student",
     "linear_logits",

@@ -65,6 +65,9 @@ class NeuronSource:
 class EvictionHead(nn.Module):
     """The linear source of one attention layer: weight [kv_heads, hidden_size] and bias [kv_heads], float32."""
 
+    shared = False
+    """In training: one logit for all KV heads, the mean of theirs. Rows that begin alike stay alike."""
+
     def __init__(self, hidden_size: int, kv_heads: int, *, device: torch.device | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(kv_heads, hidden_size, dtype=torch.float32, device=device))
@@ -72,4 +75,7 @@ class EvictionHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [..., hidden_size] -> logits float32 [..., kv_heads]."""
+        if self.shared:
+            logits = linear_logits(hidden, self.weight.mean(0, keepdim=True), self.bias.mean(0, keepdim=True))
+            return logits.expand(*logits.shape[:-1], len(self.bias))
         return linear_logits(hidden, self.weight, self.bias)

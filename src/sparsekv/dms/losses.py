@@ -31,6 +31,11 @@ def hinge(fraction: Tensor, target: float) -> Tensor:
     return (target - fraction).clamp(min=0)
 
 
+def hinge_sum(fraction: Tensor, target: float, count: int) -> Tensor:
+    """max(0, count * target - sum of alpha): the paper's, over `count` decisions. fraction: their mean."""
+    return hinge(fraction, target) * count
+
+
 def bernoulli_kl(fraction: Tensor, target: float) -> Tensor:
     """KL(Bernoulli(target) || Bernoulli(fraction)) in nats: the two-sided alternative to the hinge."""
     f = fraction.clamp(1e-6, 1 - 1e-6)

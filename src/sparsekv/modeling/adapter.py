@@ -270,8 +270,8 @@ def _config(name: str | Path, raw: Any) -> AdapterConfig:
         raise ValueError(f"{name}/{CONFIG_FILE}: offsets must be a list of [offset, compression ratio]") from None
     if any(a >= c or b >= d for (a, b), (c, d) in pairwise(offsets)):
         raise ValueError(f"{name}/{CONFIG_FILE}: offsets must ascend, both the offsets and the ratios")
-    if type(raw["window"]) is not int or raw["window"] < 1 or raw.get("lag", 0) not in (0, 1):
-        raise ValueError(f"{name}/{CONFIG_FILE}: window must be an integer of at least 1, and lag 0 or 1")
+    if type(raw["window"]) is not int or raw["window"] < 1 or raw.get("lag", 0) not in (0, 1, raw["window"]):
+        raise ValueError(f"{name}/{CONFIG_FILE}: window must be an integer of at least 1, and lag 0, 1 or the window")
     try:
         neuron = None if raw.get("neuron") is None else NeuronSource(**raw["neuron"])
         kept = {key: value for key, value in raw.items() if key != "peft_type"}

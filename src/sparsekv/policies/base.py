@@ -148,4 +148,9 @@ def decode_layer(policy: Policy, step: Step, pages: LayerPages) -> tuple[Tensor,
 def _aligned(policy: Policy, step: Step, pages: LayerPages, marks: Tensor | None) -> Tensor | None:
     if marks is None or policy.lag == 0:
         return marks
+    if policy.lag > 1:
+        raise ValueError(
+            f"lag is {policy.lag}, immediate eviction: a cache of pages cannot look back so far; it is for comparisons "
+            "by the mask, without a cache"
+        )
     return align_marks(pages, step.batch, marks, policy.lag)

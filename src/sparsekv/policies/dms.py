@@ -16,7 +16,8 @@ from sparsekv.policies.base import Policy, Step
 
 class DMSPolicy(Policy):
     """sources: per layer, a function from hidden [T, hidden_size] to logits float32 [T, kv_heads]; None where the layer
-    is not governed. lag: 0, or 1 for checkpoints in which the logit of token k + 1 decides token k."""
+    is not governed. lag: 0, or 1 for checkpoints in which the logit of token k + 1 decides token k; or the window, for
+    comparisons without a cache: what is decided about a token that leaves the window takes effect at once."""
 
     name = "dms"
 
@@ -30,8 +31,8 @@ class DMSPolicy(Policy):
     ) -> None:
         if window < 1:
             raise ValueError(f"window is {window}; it counts the current token, so use at least 1")
-        if lag not in (0, 1):
-            raise ValueError(f"lag is {lag}; the logit of token k + lag decides token k, and lag is 0 or 1")
+        if lag not in (0, 1, window):
+            raise ValueError(f"lag is {lag}; the logit of token k + lag decides token k: use 0, 1 or the window")
         self.sources = sources
         self.lag = lag
         self._offset = float(offset)

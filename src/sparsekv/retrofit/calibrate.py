@@ -114,9 +114,10 @@ def fill_table(
 ) -> list[Dial]:
     """Measure the table of the attached heads and write it, and how it was measured, beside them.
 
-    On the CPU through the real cache, on a GPU by the marks.
+    On the CPU through the real cache, on a GPU, and for a lag that no cache can serve, by the marks.
     """
-    through = "mask" if next(model.parameters()).is_cuda else "cache"
+    immediate = attachment_of(model).policy.lag > 1
+    through = "mask" if immediate or next(model.parameters()).is_cuda else "cache"
     rows = held_out.rows(settings.rows, settings.length)
     table = calibrate(
         model,

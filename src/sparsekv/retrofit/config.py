@@ -19,6 +19,9 @@ from sparsekv.retrofit.parse import parse, read_yaml
 DIVERGENCES = ("kl_teacher_student", "kl_student_teacher")
 FRACTIONS = ("soft", "hard")
 TRAINABLE = ("heads", "lora", "all")
+GRANULARITIES = ("head", "layer")
+PULLS = ("hinge_mean", "hinge_sum", "bernoulli_kl")
+HOLDS = ("max", "random")
 BASE_LR = {"lora": 5e-4, "all": 3e-5}
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEVICES = ("auto", "cpu", "cuda")
@@ -83,13 +86,27 @@ class RetrofitConfig:
     teacher: str | None = None
     """Another model to learn from, with the same vocabulary. null: the base model itself."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    granularity: str = "head"
+    """head: each KV head decides; layer: the KV heads of a layer decide as one."""
     window: int = 64
     lag: int = 0
+    """0, or 1: the next token decides; or the window, immediate eviction, for comparisons without a cache."""
     tau: float = 0.1
     steps_per_cr: int = 100
     max_cr: float = 8.0
+    hold_steps: int = 0
+    """Steps after the schedule has reached max_cr."""
+    hold: str = "max"
+    """Their target. max: max_cr; random: a fraction of marks drawn anew for each step, the logits shifted to it."""
     max_steps: int | None = None
+    family: list[float] = field(default_factory=list)
+    """Ratios to save on the way, as cr2/, cr3/ ... in the output folder."""
     batch: int = 16
+    """Rows of an optimiser step, over all processes."""
+    accumulate: int = 1
+    """Parts that a process computes its rows in, one after the other."""
+    gradient_checkpointing: bool = False
+    """Layers are computed again in the backward: less memory, a third more time."""
     length: int = 2048
     """Tokens per row of a batch."""
     lr: float = 3e-3
@@ -101,11 +118,18 @@ class RetrofitConfig:
     clip: float = 1.0
     """Largest gradient norm."""
     divergence: str = "kl_teacher_student"
+    pull: str = "hinge_mean"
+    """Towards the target: hinge_mean; hinge_sum, over a row's layers, heads and tokens as in the paper; bernoulli_kl,
+    two-sided."""
     fraction: str = "soft"
-    """What the hinge pulls: the mean of soft alpha, or of hard marks with alpha's gradient (straight-through)."""
+    """What is pulled: the mean of soft alpha, or of hard marks with alpha's gradient (straight-through)."""
     seed: int = 0
     save_every: int = 100
     """Steps between checkpoints."""
+    stall_steps: int = 200
+    """Stop where the fraction of marks has not risen over so many steps though it is below the target."""
+    tensorboard: bool = False
+    """Write output/tensorboard."""
     device: str = "auto"
     commit: str | None = None
     """This repository's commit, for the card, where the run has no git to ask."""
@@ -117,9 +141,12 @@ class RetrofitConfig:
         _one_of("trainable", self.trainable, TRAINABLE)
         _one_of("divergence", self.divergence, DIVERGENCES)
         _one_of("fraction", self.fraction, FRACTIONS)
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        _one_of("pull", self.pull, PULLS)
+        _one_of("hold", self.hold, HOLDS)
         _one_of("device", self.device, DEVICES)
         _need(self.window >= 1, f"window is {self.window}; it counts the current token, so use at least 1")
-        _need(self.lag in (0, 1), f"lag is {self.lag}; it is 0 or 1")
+        _need(self.lag in (0, 1, self.window), f"lag is {self.lag}; it is 0, 1 or the window")
         _need(
             self.max_cr > 1, f"max_cr is {self.max_cr:g}; a ratio is tokens seen over tokens held, so use more than 1"
         )
@@ -129,10 +156,14 @@ class RetrofitConfig:
         )
         check_data(self.data, length=self.length)
         _need(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "beta1 and beta2 lie between 0 and 1")
+        _need(self.hold_steps >= 0, f"hold_steps is {self.hold_steps}; use 0 or more")
+        _need(self.batch % self.accumulate == 0, f"batch is {self.batch}; accumulate {self.accumulate} must divide it")
+        beyond = [ratio for ratio in self.family if not 1 < ratio <= self.final_cr]
+        _need(not beyond, f"family has {beyond}; the run passes ratios above 1 up to {self.final_cr:g}")
         for name in ("tau", "lr", "base_lr", "clip"):
             value = getattr(self, name)
             _need(value is None or value > 0, f"{name} is {value or 0:g}; use more than 0")
-        for name in ("steps_per_cr", "batch", "save_every", "max_steps"):
+        for name in ("steps_per_cr", "batch", "accumulate", "save_every", "stall_steps", "max_steps"):
             value = getattr(self, name)
             _need(value is None or value >= 1, f"{name} is {value}; use at least 1")
 
@@ -144,8 +175,12 @@ class RetrofitConfig:
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
-        steps = math.ceil((self.max_cr - 1) * self.steps_per_cr)
+        steps = self.steps_to(self.max_cr) + self.hold_steps
         return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def steps_to(self, ratio: float) -> int:
+        """The step at which the target reaches a ratio."""
+        return math.ceil((ratio - 1) * self.steps_per_cr - 1e-9)
 
     @property
     def final_cr(self) -> float:
@@ -154,7 +189,8 @@ class RetrofitConfig:
 
     def training_keys(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that resumes it."""
-        free = {"output", "save_every", "device", "commit", "calibration", "evaluation"}
+        free = {"output", "save_every", "stall_steps", "tensorboard", "accumulate", "gradient_checkpointing"}
+        free |= {"device", "commit", "calibration", "evaluation"}
         return {key: value for key, value in asdict(self).items() if key not in free}
 
 

@@ -8,7 +8,7 @@ once: the divergence and its gradient go through the output head a few positions
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,13 @@ from sparsekv.modeling import modes
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.modes import SoftGates
 from sparsekv.modeling.states import Divergence, SplitModel
+from sparsekv.policies.dms import DMSPolicy
 from sparsekv.retrofit.config import RetrofitConfig
+
+QUANTILES = 256
+"""Equal shares of the logits, between which their shifts are rounded."""
+SAMPLE = 1 << 20
+"""About as many logits are sorted for them."""
 
 _DIVERGENCES: dict[str, Divergence] = {
     "kl_teacher_student": dms.kl_teacher_student,
@@ -40,6 +46,8 @@ class Draw:
     part: int = 0
     parts: int = 1
     """The rows are piece `part` of the `parts` equal pieces of a step's batch."""
+    full: float | None = None
+    """The fraction that the logits are trained to reach, where they are shifted to give `target` instead."""
 
 
 class Distillation(nn.Module):
@@ -54,25 +62,56 @@ class Distillation(nn.Module):
             self.split = SplitModel(student)
         self.teacher_split = None if teacher is None else SplitModel(teacher)
         self.divergence = _DIVERGENCES[config.divergence]
+        self.quantiles: Tensor
+        self.register_buffer("quantiles", torch.zeros(QUANTILES + 1, device=next(student.parameters()).device))
+
+    def train(self, mode: bool = True) -> Self:
+        """As a module's, but a second model never drops out anything."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
     def forward(self, input_ids: Tensor, draw: Draw, documents: Tensor | None = None) -> dict[str, Tensor]:
         """input_ids: int64 [B, S]; documents: as SplitModel.hidden takes them. Returns float32 "loss", "divergence",
-        "pull" and "fractions" [layers], the marked fraction of each; the last two over the batch of all processes."""
-        gates = attachment_of(self.student).gates
-        assert isinstance(gates, SoftGates), "training runs within modes.soft"
+        "pull" and "fractions" [layers], the marked fraction of each; all but the loss over the rows of all
+        processes."""
+        attachment, config = attachment_of(self.student), self.settings
+        gates, policy = attachment.gates, attachment.policy
+        assert isinstance(gates, SoftGates) and isinstance(policy, DMSPolicy), "training runs within modes.soft"
+        policy.offset = self.offset_for(draw)
         with self._autocast(input_ids.device):
             teacher = self._teach(input_ids, documents)
             gates.begin(seed=draw.seed, part=draw.part, parts=draw.parts)
             student = self.split.hidden(input_ids, documents=documents)
             divergence = self._diverge(teacher, student)
-        fractions = over_processes(marked_fractions(gates.gates, hard=self.settings.fraction == "hard"))
-        pull = dms.hinge(fractions.mean(), draw.target)
+        self._remember(gates, policy.offset)
+        fractions = over_processes(marked_fractions(gates.gates, hard=config.fraction == "hard"))
+        count = sum(gate.numel() for gate in gates.gates.values()) // len(input_ids)
+        pull = pull_to(draw.target, fractions.mean(), kind=config.pull, count=count)
         return {
             "loss": divergence + pull,
-            "divergence": divergence.detach(),
+            "divergence": over_processes(divergence.detach()),
             "pull": pull.detach(),
             "fractions": fractions.detach(),
         }
+
+    def offset_for(self, draw: Draw) -> float:
+        """The shift of the logits at which `target` of them were marked in the last step, were `full` without it."""
+        if draw.full is None:
+            return 0.0
+        full, target = (self.quantiles[round((1 - x) * QUANTILES)] for x in (draw.full, draw.target))
+        return float(full - target)
+
+    @torch.no_grad()
+    def _remember(self, gates: SoftGates, offset: float) -> None:
+        """The quantiles of z + g, without the offset: at offset o, a share P(z + g + o > 0) is marked."""
+        if self.settings.hold != "random" or not self.settings.hold_steps:
+            return
+        z = torch.cat([gate.detach().flatten() for gate in gates.gates.values()]) * gates.tau - offset
+        ordered = z[:: max(1, len(z) // SAMPLE)].sort().values
+        at = torch.linspace(0, len(ordered) - 1, QUANTILES + 1, device=z.device).long()
+        self.quantiles.copy_(over_processes(ordered[at]))
 
     @torch.no_grad()
     def _teach(self, ids: Tensor, documents: Tensor | None) -> Tensor:
@@ -102,6 +141,13 @@ class Distillation(nn.Module):
 
     def _trains_base(self) -> bool:
         return self.settings.trainable != "heads"
+
+
+def pull_to(target: float, fraction: Tensor, *, kind: str, count: int) -> Tensor:
+    """The loss that moves the fraction of marks to the target. count: decisions per row, for the sum."""
+    if kind == "hinge_sum":
+        return dms.hinge_sum(fraction, target, count)
+    return (dms.hinge if kind == "hinge_mean" else dms.bernoulli_kl)(fraction, target)
 
 
 def marked_fractions(gates: dict[int, Tensor], *, hard: bool) -> Tensor:

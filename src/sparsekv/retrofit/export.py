@@ -28,7 +28,7 @@ def export(weights: dict[str, Tensor], base: str, *, folder: Path, adapter: Adap
     Heads are kept in float32 and LoRA in float16. Other weights make a plain model of the base's dtype in folder/model,
     which the adapter then names as its base.
     """
-    own = {peft_name(name.removeprefix(STUDENT)): tensor for name, tensor in weights.items()}
+    own = {peft_name(n.removeprefix(STUDENT)): tensor for n, tensor in weights.items() if n.startswith(STUDENT)}
     heads = {name: tensor.float() for name, tensor in own.items() if f".{HEAD}." in name}
     lora = {name: tensor.half() for name, tensor in own.items() if ".lora_" in name}
     rest = {name: tensor for name, tensor in own.items() if name not in heads and name not in lora}

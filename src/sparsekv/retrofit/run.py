@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv.evals.corpus import Corpus, other_documents
@@ -43,17 +44,26 @@ Say = Callable[[str], None]
 
 
 def run(config: RetrofitConfig, *, say: Say = lambda text: print(text, file=sys.stderr, flush=True)) -> Path:
-    """Make or finish the adapter that `config` describes; returns its folder.
+    """Make or finish the adapter that `config` describes; returns its folder. Where several processes run it together,
+    as `accelerate launch` starts them, all train and the first does the rest.
 
     Raises ValueError, before anything is trained, for an output folder that holds a finished adapter or another run, a
     model or text that cannot be had, and settings that do not fit them.
     """
+    processes = PartialState(cpu=config.device == "cpu")
+    say = say if processes.is_main_process else lambda text: None
     output = prepare_output(config)
-    documents = read_all(config.data, load_tokenizer(config.model), model=config.model, seed=config.seed)
+    with processes.main_process_first():  # which downloads what the others find
+        documents = read_all(config.data, load_tokenizer(config.model), model=config.model, seed=config.seed)
     held_out = held_out_of(documents)
-    save_config(config, output / CONFIG_COPY)
-    if not (output / CONFIG_FILE).exists():
+    trained = (output / CONFIG_FILE).exists()
+    processes.wait_for_everyone()
+    if not trained:
+        if processes.is_main_process:
+            save_config(config, output / CONFIG_COPY)
         _train(documents, config, say=say)
+    if not processes.is_main_process:
+        return output
     model, tokenizer = load_result(config)
     adapter = read_adapter(output)[0]
     if not adapter.offsets:
@@ -163,7 +173,9 @@ def _train(documents: list[Documents], config: RetrofitConfig, *, say: Say) -> N
     teacher = load_teacher(config, tokenizer)
     say(f"Training {config.steps} steps to ratio {config.final_cr:g} on {device_name(model)}")
     rows = blend(documents, tokenizer, count=config.steps * config.batch, length=config.length, seed=config.seed)
-    weights = train(model, rows, config, teacher=teacher)
+    weights = train(model, rows, config, teacher=teacher, progress=PartialState().is_main_process)
+    if not PartialState().is_main_process:
+        return
     seconds = [json.loads(line)["seconds"] for line in (Path(config.output) / METRICS_FILE).read_text().splitlines()]
     made = adapter_config(
         model,

@@ -10,20 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from sparsekv import dms
 from sparsekv.modeling import modes
 from sparsekv.modeling.adapter import HEAD, AdapterConfig, base_shape
-from sparsekv.modeling.attach import heads
+from sparsekv.modeling.attach import attachment_of, heads
 from sparsekv.modeling.compiled import compiled_layers
+from sparsekv.policies.dms import DMSPolicy
 from sparsekv.retrofit import checkpoint as checkpoints
 from sparsekv.retrofit.config import RetrofitConfig
 from sparsekv.retrofit.data import Blend
 from sparsekv.retrofit.distill import Distillation, Draw
-from sparsekv.retrofit.metrics import METRICS_FILE, MetricsCallback
+from sparsekv.retrofit.export import export
+from sparsekv.retrofit.goal import Progress, goal
+from sparsekv.retrofit.metrics import MetricsCallback
 from sparsekv.retrofit.peft import add_lora
 
 
@@ -41,12 +53,15 @@ def train(
     a Distillation's parameters, on the CPU. Raises ValueError for a loss that is not finite or heads that get no
     gradient.
     """
-    with modes.soft(model, tau=config.tau):
+    with modes.soft(model, tau=config.tau, shared=config.granularity == "layer"):
         trainer = RetrofitTrainer(model, rows, config, teacher=teacher, progress=progress)
         newest = checkpoints.newest(Path(config.output))
         with compiled_layers(model):
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         model.eval()
+        policy = attachment_of(model).policy
+        assert isinstance(policy, DMSPolicy)
+        policy.offset = 0.0
         return checkpoints.trained_weights(trainer.distillation)
 
 
@@ -72,6 +87,32 @@ def make_trainable(model: PreTrainedModel, config: RetrofitConfig) -> None:
         add_lora(model, config.lora, seed=config.seed)
     for head in heads(model):
         head.requires_grad_(True)
+        head.shared = config.granularity == "layer"
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+class Family(TrainerCallback):
+    """Saves the adapter of each ratio of `family` when the run passes it."""
+
+    def __init__(self, trainer: "RetrofitTrainer") -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Every process calls it, since each may hold a piece of the weights."""
+        config, trained = self.trainer.retrofit, self.trainer.distillation
+        for ratio in config.family:
+            if config.steps_to(ratio) != state.global_step:
+                continue
+            weights = checkpoints.trained_weights(trained)
+            if state.is_world_process_zero:
+                made = adapter_config(trained.student, config, steps=state.global_step, final_cr=ratio)
+                export(weights, config.model, folder=Path(config.output) / f"cr{ratio:g}", adapter=made)
+
+
+def whole(gradient: Tensor | None) -> Tensor | None:
+    """A gradient, gathered where it is in pieces."""
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 class RetrofitTrainer(Trainer):
@@ -89,13 +130,22 @@ class RetrofitTrainer(Trainer):
         if config.trainable == "all" and teacher is None:
             raise ValueError("trainable: all needs a second, frozen model as teacher: pass teacher=")
         self.retrofit = config
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        processes = PartialState(cpu=on_cpu).num_processes
+        self.parts = processes * config.accumulate
+        if config.batch % self.parts:
+            raise ValueError(
+                f"batch is {config.batch}; {processes} processes times accumulate {config.accumulate} must divide it, "
+                f"so use a multiple of {self.parts}"
+            )
         make_trainable(model, config)
         if teacher is not None:
             teacher.requires_grad_(False)
         arguments = TrainingArguments(
             output_dir=str(Path(config.output) / checkpoints.CHECKPOINTS),
             max_steps=config.steps,
-            per_device_train_batch_size=config.batch,
+            per_device_train_batch_size=config.batch // self.parts,
+            gradient_accumulation_steps=config.accumulate,
             learning_rate=config.lr,
             lr_scheduler_type="constant",
             adam_beta1=config.beta1,
@@ -103,7 +153,7 @@ class RetrofitTrainer(Trainer):
             weight_decay=0.0,
             max_grad_norm=config.clip,
             seed=config.seed,
-            use_cpu=next(model.parameters()).device.type == "cpu",
+            use_cpu=on_cpu,
             save_strategy="steps",
             save_steps=config.save_every,
             save_total_limit=2,
@@ -112,16 +162,21 @@ class RetrofitTrainer(Trainer):
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
         )
-        if arguments.n_gpu > 1 or arguments.world_size > 1:
-            raise ValueError("retrofit uses one device: start one process, with CUDA_VISIBLE_DEVICES naming one GPU")
-        metrics = MetricsCallback(Path(config.output) / METRICS_FILE, progress=progress)
+        if arguments.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {arguments.n_gpu} GPUs: start one for each with `accelerate launch`, or name one in "
+                "CUDA_VISIBLE_DEVICES"
+            )
+        metrics = MetricsCallback(Path(config.output), progress=progress, tensorboard=config.tensorboard)
         distillation = Distillation(model, config, teacher=teacher)
-        super().__init__(model=distillation, args=arguments, train_dataset=rows, callbacks=[metrics])
+        super().__init__(model=distillation, args=arguments, train_dataset=rows, callbacks=[metrics, Family(self)])
         self.pop_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
         self.metrics = metrics
-        self._parts: dict[str, Tensor] = {}
+        self.progress = Progress(config.stall_steps)
+        self._made: list[dict[str, Any]] = []
         self._gradient_seen = False
 
     @property
@@ -141,22 +196,26 @@ class RetrofitTrainer(Trainer):
     ) -> Tensor:
         """inputs: input_ids and, where rows are packed, documents, int64 [B, S] -> the scalar loss."""
         step = self.state.global_step + 1
-        draw = Draw(seed=self.retrofit.seed * 1_000_003 + step, target=self.target(step))
-        self._parts = model(inputs["input_ids"], draw, documents=inputs.get("documents"))
-        return self._parts["loss"]
-
-    def target(self, step: int) -> float:
-        """The fraction of marks to reach at a step, counted from 1."""
-        config = self.retrofit
-        ratio = dms.compression_ratio(step, steps_per_cr=config.steps_per_cr, max_cr=config.max_cr)
-        return dms.target_fraction(ratio)
+        target, full = goal(self.retrofit, step)
+        part = len(self._made) * self.args.world_size + self.args.process_index
+        seed = self.retrofit.seed * 1_000_003 + step
+        draw = Draw(seed=seed, target=target, part=part, parts=self.parts, full=full)
+        made = model(inputs["input_ids"], draw, documents=inputs.get("documents"))
+        self._made.append({name: value.detach() for name, value in made.items()})
+        return made["loss"]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward; stops before the optimiser takes in what is not finite."""
+        """A forward and backward; stops before the optimiser takes in what is not finite."""
         loss = super().training_step(*args, **kwargs)
-        step = self.state.global_step + 1
-        divergence, pull = self._parts["divergence"].item(), self._parts["pull"].item()
-        fractions = self._parts["fractions"].tolist()
+        if len(self._made) == self.args.gradient_accumulation_steps:
+            self._finish(self.state.global_step + 1)
+            self._made = []
+        return loss
+
+    def _finish(self, step: int) -> None:
+        """Check and record a step whose gradients are complete."""
+        made = {name: torch.stack([part[name] for part in self._made]).mean(0) for name in self._made[0]}
+        divergence, pull, fractions = made["divergence"].item(), made["pull"].item(), made["fractions"].tolist()
         if not math.isfinite(divergence + pull):
             raise ValueError(
                 f"the loss is not finite at step {step} (divergence {divergence}, hinge {pull}): lower lr "
@@ -164,23 +223,26 @@ class RetrofitTrainer(Trainer):
             )
         if not self._gradient_seen:
             self._check_gradients()
+        target, full = goal(self.retrofit, step)
+        fraction = sum(fractions) / len(fractions)
+        if full is None:
+            self.progress.check(fraction, target)
         self.metrics.record(
             {
                 "step": step,
                 "loss": divergence + pull,
                 "divergence": divergence,
                 "hinge": pull,
-                "fraction": sum(fractions) / len(fractions),
-                "target": self.target(step),
-                "ratio_target": 1 / (1 - self.target(step)),
+                "fraction": fraction,
+                "target": target,
+                "ratio_target": 1 / (1 - target),
                 "fractions": [round(x, 4) for x in fractions],
             }
         )
-        return loss
 
     def _check_gradients(self) -> None:
         for index, head in enumerate(heads(self.distillation.student)):
-            gradients = [parameter.grad for parameter in head.parameters()]
+            gradients = [whole(parameter.grad) for parameter in head.parameters()]
             if any(g is None or not g.any() for g in gradients):
                 raise ValueError(
                     f"eviction head {index} gets no gradient: rows of {self.retrofit.length} tokens and a window of "
