@@ -16,7 +16,7 @@ from sparsekv.modeling.adapter import read_adapter
 from sparsekv.retrofit.config import RetrofitConfig, save_config
 
 SCRIPT = Path(__file__).parent / "distributed.py"
-FSDP2 = Path(__file__).parents[2] / "configs" / "fsdp2.yaml"
+FSDP2 = Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp2.yaml"
 
 
 def start(config: RetrofitConfig, folder: Path, *, fsdp: bool, what: str) -> list[dict[str, Any]]:
