@@ -20,7 +20,12 @@ from sparsekv.retrofit.ablations.study import load_study, merged
 from sparsekv.retrofit.config import RetrofitConfig
 
 ROOT = Path(__file__).parents[3]
-RUNS = {"base": {}, "window 16": {"window": 16}, "shuffled": {"control": "shuffled"}}
+RUNS = {
+    "base": {"family": [2]},
+    "on the way": {"checkpoint": 2},
+    "window 16": {"window": 16},
+    "shuffled": {"control": "shuffled"},
+}
 EVALUATION = {"ratios": [2, 3], "rows": 2, "length": 128, "items": 1, "contexts": [256], "batch": 2}
 
 
@@ -46,7 +51,10 @@ def test_each_run_is_made_once_measured_at_each_ratio_and_shown(study: Path, tmp
     assert main(run) == 0
     lines = results(out)
     assert [(line["run"], line["asked"]) for line in lines] == [
-        (name, asked) for name in ("shuffled", "base", "window 16") for asked in (2, 3, None)
+        *(("shuffled", asked) for asked in (2, 3, None)),
+        *(("base", asked) for asked in (2, 3, None)),
+        ("on the way", None),
+        *(("window 16", asked) for asked in (2, 3, None)),
     ]
     for line in lines:
         assert line["steps"] == 2
@@ -54,8 +62,9 @@ def test_each_run_is_made_once_measured_at_each_ratio_and_shown(study: Path, tmp
         if line["asked"] is not None:
             measured = [line["ratio"], *(text["ratio"] for text in line["others"].values())]
             assert measured == pytest.approx([line["asked"]] * 2, rel=0.1)
-    assert lines[6]["changes"] == {"window": 16}
-    assert lines[6]["config"]["window"] == 16
+    assert lines[6]["others"]  # the checkpoint's one line, as it was saved
+    assert lines[7]["changes"] == {"window": 16}
+    assert lines[7]["config"]["window"] == 16
     before = (out / "ablations.jsonl").read_bytes()
     capsys.readouterr()
     assert main(run) == 0
@@ -79,7 +88,7 @@ def test_time_is_bounded(study: Path, tmp_path: Path, capsys) -> None:
     assert main([*run, "--only", "base"]) == 0
     assert main([*run, "--run-seconds", "1e-9"]) == 0
     assert "window 16 is left out" in capsys.readouterr().err
-    assert {line["run"] for line in results(tmp_path / "runs")} == {"base", "shuffled"}
+    assert {line["run"] for line in results(tmp_path / "runs")} == {"base", "on the way", "shuffled"}
 
 
 @pytest.mark.parametrize(
@@ -87,6 +96,7 @@ def test_time_is_bounded(study: Path, tmp_path: Path, capsys) -> None:
     [
         ({"runs": {"base": {}, "x": {"window": 0}}}, "run x: window is 0"),
         ({"runs": {"base": {}, "x": {"control": "none"}}}, "run x: a control is one of shuffled, random"),
+        ({"runs": {"base": {}, "x": {"checkpoint": 4}}}, "run x: a checkpoint is a ratio of the base's family"),
         ({"runs": {"x": {}}}, "a run named base"),
         ({"pictures": {"p": {"title": "t", "runs": ["y"]}}}, "unknown runs: y"),
         ({"base": {"model": "m"}}, "run base: the configuration lacks"),
@@ -107,6 +117,7 @@ def test_the_committed_study_loads_and_every_run_is_shown() -> None:
     study = load_study(ROOT / STUDY)
     assert {name for picture in study.pictures for name in picture.runs} == set(study.runs)
     assert study.runs["only to 2, as long"].config.steps == study.runs["base"].config.steps == 175
+    assert study.runs["immediate eviction"].config.evaluation.through == "mask"
 
 
 @pytest.mark.parametrize("name", CONTROLS)

@@ -85,7 +85,7 @@ def _lines(run: Run, base: Run, out: Path, say: Say) -> list[dict[str, Any]]:
         "changes": run.changes,
         "config": run.config.training_keys(),
         "seed": run.config.seed,
-        "steps": len(steps),
+        "steps": len(steps) if run.checkpoint is None else config.steps_to(run.checkpoint),
         "seconds_per_step": round(statistics.median(step["seconds"] for step in steps), 4),
         "seconds": round(trained, 1),
         "date": time.strftime("%Y-%m-%d"),

@@ -1,12 +1,12 @@
 """A study in one YAML file: `base`, a retrofit's configuration; `runs`, by name what each changes in it; `pictures`,
-which runs are shown together.
+which runs are shown together. Controls (controls.py) and checkpoints of its family take the heads of the run `base`.
 
     base: {model: smollm2-135m, steps_per_cr: 25, ...}
     runs:
-      base: {}
+      base: {family: [4]}
       window 16: {window: 16}
       shuffled heads: {control: shuffled}
-      on the way at 4: {checkpoint: 4}      the base's heads when its target was 4; base has family: [4]
+      on the way at 4: {checkpoint: 4}
     pictures:
       window: {title: The window, runs: [window 16, base]}
 """
@@ -82,7 +82,9 @@ def load_study(path: str | Path, *, overrides: Sequence[str] = ()) -> Study:
         if not separator:
             raise ValueError(f"--set {override} has no '='; write --set key=value")
         base = merged(base, _nested(key, yaml.safe_load(value)))
-    runs = {name: _run(name, base, changes or {}) for name, changes in raw["runs"].items()}
+    changed = {name: changes or {} for name, changes in raw["runs"].items()}
+    own = merged(base, changed[BASE])
+    runs = {name: _run(name, own if _takes_base(changes) else base, changes) for name, changes in changed.items()}
     pictures = [Picture(name=name, **picture) for name, picture in raw["pictures"].items()]
     unknown = sorted({run for picture in pictures for run in picture.runs} - set(runs))
     if unknown:
@@ -105,15 +107,19 @@ def _nested(dotted: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def _takes_base(changes: dict[str, Any]) -> bool:
+    """Whether a run trains nothing and takes the base's heads."""
+    return not {"control", "checkpoint"}.isdisjoint(changes)
+
+
 def _run(name: str, base: dict[str, Any], changes: dict[str, Any]) -> Run:
     control, ratio = changes.get("control"), changes.get("checkpoint")
     if control is not None and (control not in CONTROLS or len(changes) > 1):
         raise ValueError(f"run {name}: a control is one of {', '.join(CONTROLS)} and changes nothing else")
     if ratio is not None and (ratio not in base.get("family", []) or len(changes) > 1):
         raise ValueError(f"run {name}: a checkpoint is a ratio of the base's family and changes nothing else")
-    own = control is None and ratio is None
     try:
-        config = parse_config(merged(base, changes if own else {}) | {"output": name})
+        config = parse_config(merged(base, {} if _takes_base(changes) else changes) | {"output": name})
     except ValueError as error:
         raise ValueError(f"run {name}: {error}") from None
     if config.evaluation is None:
