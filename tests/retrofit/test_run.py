@@ -100,6 +100,18 @@ def test_another_teacher_is_learnt_from(configure: Configure, tmp_path: Path) ->
     assert first["divergence"] > 0.01  # not the model itself, from which it hardly differs at the start
 
 
+def test_chats_are_packed_trained_on_and_held_out(configure: Configure, folder: Path, tmp_path: Path) -> None:
+    turns = [[("user", f"question {i}"), ("assistant", tiny.text(30, seed=i))] for i in range(100)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in turns]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    hay = {"kind": "retrieval", "names": [str(folder / "texts")]}
+    data = [{"kind": "jsonl", "names": [str(tmp_path / "chats.jsonl")], "weight": 3}, hay]
+    output = run(configure(max_steps=2, lr=0.05, data=data), say=lambda text: None)
+    adapter, _ = read_adapter(output)
+    assert adapter.calibration["text"] == f"75% {tmp_path / 'chats.jsonl'}, 25% long-range retrieval"
+    assert len(adapter.offsets) == 3
+
+
 def test_a_run_that_was_stopped_after_training_goes_on_with_its_heads(configure: Configure, monkeypatch) -> None:
     config = configure(max_steps=2)
 

@@ -13,7 +13,9 @@ TARGETS = "1.1,1.25,1.5,2,2.5,3,4,5,6,7,8"
 def command(
     model: Annotated[str, Argument(help="smollm2-135m, a folder, or a hub id.")],
     adapter: Annotated[str, Option(help="The adapter's folder; its table is replaced.")],
-    text: Annotated[str, Option(help="encyclopedia, a text file, or a folder of .txt files.")] = "encyclopedia",
+    text: Annotated[
+        str, Option(help="encyclopedia, handbook, bible, a text file, or a folder of .txt files.")
+    ] = "encyclopedia",
     targets: Annotated[str, Option(help="Compression ratios, with commas between.")] = TARGETS,
     rows: Annotated[int, Option(help="Stretches of text.")] = 4,
     length: Annotated[int, Option(help="Tokens of each; the ratios hold at this length.")] = 2048,

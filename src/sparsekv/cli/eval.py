@@ -20,7 +20,9 @@ def command(
     cr: Annotated[list[float] | None, Option(help="Compression ratio of the adapter. Repeatable.")] = None,
     policy: Annotated[str | None, Option(help="A policy without training, such as streaming.")] = None,
     budget: Annotated[int | None, Option(help="Tokens that the policy may hold per head.")] = None,
-    text: Annotated[str, Option(help="encyclopedia, a text file, or a folder of .txt files.")] = "encyclopedia",
+    text: Annotated[
+        str, Option(help="encyclopedia, handbook, bible, a text file, or a folder of .txt files.")
+    ] = "encyclopedia",
     rows: Annotated[int, Option(help="Held-out texts for perplexity and divergence.")] = 2,
     length: Annotated[int, Option(help="Tokens of each.")] = 2048,
     items: Annotated[int, Option(help="Retrieval items of each kind and context.")] = 4,
