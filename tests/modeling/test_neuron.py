@@ -137,9 +137,9 @@ def test_the_memory_shrinks():
 def test_training_reaches_the_weights_of_the_channel():
     model, ids = tiny_model("Llama").train(), tokens(2, 16)
     sparsekv.attach(model, policy="dms", window=WINDOW, neuron=NeuronSource(**LOUD))
-    with modes.soft(model, tau=0.5, generator=torch.Generator().manual_seed(0)) as gates:
+    with modes.soft(model, tau=0.5, seed=0) as gates:
         model(ids, use_cache=False).logits.logsumexp(-1).sum().backward()
-    assert [tuple(gate.shape) for gate in gates.gates] == [(32, 2)] * 2
+    assert [tuple(gate.shape) for gate in gates.gates.values()] == [(32, 2)] * 2
     for layer in model.model.layers:
         grad = layer.self_attn.q_proj.weight.grad.view(4, 8, 32)
         assert grad.isfinite().all() and grad[[0, 2], 7].abs().sum(-1).min() > 0

@@ -3,7 +3,7 @@
 import pytest
 
 from sparsekv.retrofit.config import parse_config
-from sparsekv.retrofit.goal import Progress, goal
+from sparsekv.retrofit.goal import Progress, channel_kept, goal
 
 BASE = {"model": "m", "output": "o", "data": [{"kind": "text", "names": ["t"]}], "steps_per_cr": 100, "max_cr": 8}
 
@@ -36,3 +36,13 @@ def test_a_fraction_may_rest_at_its_target_but_not_below() -> None:
     stalled.check(0.1, 0.9)
     with pytest.raises(ValueError, match=r"does not move: 0\.1000 2 steps ago, 0\.1002 now, and the target is 0\.90"):
         stalled.check(0.1002, 0.9)
+
+
+def test_the_channel_fades_before_the_schedule_begins() -> None:
+    config = parse_config({**BASE, "source": "neuron", "trainable": "all", "max_cr": 3, "family": [2]})
+    assert (config.steps, config.steps_to(2), config.final_cr) == (2200, 2100, 3)
+    assert [channel_kept(config, step) for step in (1, 500, 2000, 2001)] == [0.9995, 0.75, 0, None]
+    assert [goal(config, step)[0] for step in (1, 2000, 2100, 2200)] == pytest.approx([0, 0, 0.5, 2 / 3])
+    assert channel_kept(parse_config(BASE), 1) is None
+    with pytest.raises(ValueError, match="use trainable: all"):
+        parse_config({**BASE, "source": "neuron"})

@@ -87,6 +87,15 @@ def test_all_weights_are_a_plain_model_with_the_heads_beside_it(configure: Confi
     sparsekv.attach(model, adapter=str(output), cr=2)
 
 
+def test_a_neuron_source_is_a_plain_model_and_a_table(configure: Configure) -> None:
+    config = configure(source="neuron", neuron={"fade_steps": 1}, trainable="all", max_steps=2, lag=1)
+    adapter, state = read_adapter(run(config))
+    assert adapter.source == "neuron" and adapter.neuron is not None and adapter.neuron.rezero and not state
+    assert len(adapter.offsets) > 0
+    model, _ = load_model(adapter.base_model_name_or_path, device="cpu")
+    sparsekv.attach(model, adapter=config.output, cr=1.5)
+
+
 def test_a_teacher_with_another_vocabulary_is_refused(configure: Configure, tmp_path: Path) -> None:
     teacher = save_model(tmp_path / "teacher")
     with pytest.raises(ValueError, match=r"the teacher .* has another vocabulary \(312 tokens\) than .* \(329\)"):

@@ -294,3 +294,58 @@ def test_tensorboard_and_the_bar(configure: Configure, capsys: pytest.CaptureFix
 def test_parts_that_do_not_divide_the_batch_are_refused(configure: Configure) -> None:
     with pytest.raises(ValueError, match="batch is 2; accumulate 3 must divide it"):
         configure(accumulate=3)
+
+
+def test_a_neuron_is_faded_out_and_then_carries_the_logits(configure: Configure) -> None:
+    config = configure(
+        source="neuron", neuron={"fade_steps": 3}, trainable="all", lag=1, base_lr=1e-3, max_cr=2, save_every=2
+    )
+    assert config.steps == 5
+    model, metrics = trained(config)
+    assert [line["target"] for line in metrics] == pytest.approx([0, 0, 0, 1 - 1 / 1.5, 0.5])
+    assert [line["hinge"] == 0 and line["fraction"] == 0 for line in metrics] == [True] * 3 + [False] * 2
+    assert 0 < metrics[0]["divergence"] < metrics[2]["divergence"]  # a third of the channel is gone, then all of it
+    assert metrics[3]["fraction"] > 0
+    with pytest.raises(ValueError, match="its queries carry the logits"):
+        sparsekv.heads(model)
+    attached = attachment_of(model)
+    assert (attached.keep, attached.policy.offset) == (0, 0)
+
+
+@torch.no_grad()
+def test_the_channel_fades_before_and_after_rope(configure: Configure) -> None:
+    """All of it kept is the plain model; none is what inference does; between them, between."""
+    model, plain, ids = tiny_model(), tiny_model(), tokens(1, 20)
+    sparsekv.attach(model, policy="dms", window=4, neuron=dms.NeuronSource())
+    attached, outs = attachment_of(model), []
+    for keep in (1.0, 0.5, 0.0):
+        attached.keep = keep
+        with modes.dense(model):
+            outs.append(model(ids).logits)
+    assert torch.allclose(outs[0], plain(ids).logits, atol=1e-5)
+    assert 0 < (outs[1] - outs[0]).norm() < (outs[2] - outs[0]).norm()
+    with modes.original(model):
+        assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-5)
+
+
+def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = trained(configure(output=str(tmp_path / "whole")))
+    config, save = configure(), checkpoint.dcp_save
+
+    def full(*args: Any, checkpoint_id: Path, **kwargs: Any) -> None:
+        if "checkpoint-4" in str(checkpoint_id):
+            checkpoint_id.mkdir(parents=True)
+            raise OSError(28, "No space left on device")
+        save(*args, checkpoint_id=checkpoint_id, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "dcp_save", full)
+    with pytest.raises(ValueError, match=r"cannot write .*No space left on device.*; make room there") as caught:
+        trained(config)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    found = checkpoint.newest(Path(config.output))
+    assert found is not None and found.name == "checkpoint-2"
+    _, resumed = trained(config)
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]

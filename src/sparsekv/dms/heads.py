@@ -39,9 +39,14 @@ def neuron_logits(
     return query[..., ::group, channel].float() * scale + offset
 
 
-def zero_neuron_(query: Tensor, kv_heads: int, *, channel: int = -1) -> Tensor:
-    """Zero, in place, the channel that `neuron_logits` reads. query: [..., query_heads, head_dim], returned."""
-    query[..., :: query.shape[-2] // kv_heads, channel] = 0
+def zero_neuron_(query: Tensor, kv_heads: int, *, channel: int = -1, keep: float = 0.0) -> Tensor:
+    """Zero, in place, the channel that `neuron_logits` reads, or leave it a share `keep` of its value while a model is
+    taught to do without. query: [..., query_heads, head_dim], returned."""
+    neuron = query[..., :: query.shape[-2] // kv_heads, channel]
+    if keep:
+        neuron.mul_(keep)
+    else:
+        neuron.zero_()
     return query
 
 

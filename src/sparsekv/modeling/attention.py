@@ -49,7 +49,7 @@ def sparse_attention(
         raise ValueError("a custom 4D attention mask is not supported: pass the 2D padding mask or none")
     if site.neuron is not None and site.neuron.rezero:
         query = query.clone()
-        dms.zero_neuron_(query.transpose(1, 2), key.shape[1], channel=site.neuron.channel)
+        dms.zero_neuron_(query.transpose(1, 2), key.shape[1], channel=site.neuron.channel, keep=site.attachment.keep)
     if cache is not None:
         return cache.attend(site, hidden, (query, key, value), attention_mask, scale), None
     if key.shape[2] != query.shape[2]:

@@ -79,7 +79,12 @@ def dense(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def original(model: PreTrainedModel) -> Iterator[None]:
-    """Within, the model is what it was before attach: nothing is forgotten and an adapter's LoRA is out."""
+    """Within, the model is what it was before attach: nothing is forgotten, an adapter's LoRA is out and
+    a neuron source's channel is in."""
     attachment = attachment_of(model)
-    with dense(model), nullcontext() if attachment.lora is None else attachment.lora.out():
-        yield
+    kept, attachment.keep = attachment.keep, 1.0
+    try:
+        with dense(model), nullcontext() if attachment.lora is None else attachment.lora.out():
+            yield
+    finally:
+        attachment.keep = kept

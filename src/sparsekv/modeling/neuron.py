@@ -46,7 +46,8 @@ def install(layers: AttentionLayers, index: int, *, site: Site, source: dms.Neur
             offset=source.offset,
         )
         output = output.clone()
-        dms.zero_neuron_(_by_head(output, heads, head_dim, transposed), layers.kv_heads, channel=source.channel)
+        queries, keep = _by_head(output, heads, head_dim, transposed), site.attachment.keep
+        dms.zero_neuron_(queries, layers.kv_heads, channel=source.channel, keep=keep)
         return output
 
     site.neuron = source

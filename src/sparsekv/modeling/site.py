@@ -85,6 +85,8 @@ class Attachment:
     sites: list[Site] = field(default_factory=list)
     gates: Callable[[int, Tensor], Tensor] | None = None
     """In training: (layer, logits) -> log(1 - alpha), see modes.soft."""
+    keep: float = 0.0
+    """The share of a neuron source's channel that attention still sees, while a model is taught to do without it."""
     lora: Lora | None = None
     """What the adapter adds to the weights."""
     undo: list[Callable[[], Any]] = field(default_factory=list)

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -49,6 +51,19 @@ def _one_process() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+@contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """Within, what the system says of a folder that cannot be written, such as a full disk, is one sentence."""
+    try:
+        yield
+    except (OSError, CheckpointException, SafetensorError) as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise ValueError(
+            f"cannot write {folder} ({reason}); make room there and start again: what was saved before is whole, and "
+            "the run goes on from it"
+        ) from None
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ DIVERGENCES = ("kl_teacher_student", "kl_student_teacher")
 FRACTIONS = ("soft", "hard")
 TRAINABLE = ("heads", "lora", "all")
 GRANULARITIES = ("head", "layer")
+SOURCES = ("linear", "neuron")
 PULLS = ("hinge_mean", "hinge_sum", "bernoulli_kl")
 HOLDS = ("max", "random")
 BASE_LR = {"lora": 5e-4, "all": 3e-5}
@@ -72,6 +73,21 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NeuronConfig:
+    """The channel of `source: neuron`, and how the model is taught to do without it."""
+
+    channel: int = -1
+    """Of the first query head of each group; negative from the end."""
+    scale: float = 100.0
+    offset: float = -5.0
+    fade_steps: int = 2000
+    """First, with eviction off, the channel is scaled by 1 - step / fade_steps; then the schedule begins."""
+
+    def __post_init__(self) -> None:
+        _need(self.fade_steps >= 0, f"neuron.fade_steps is {self.fade_steps}; use 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetrofitConfig:
     """Everything that decides a run."""
 
@@ -86,6 +102,9 @@ class RetrofitConfig:
     teacher: str | None = None
     """Another model to learn from, with the same vocabulary. null: the base model itself."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    source: str = "linear"
+    """linear: eviction heads; neuron: a channel of the queries carries the logits, which all weights learn."""
+    neuron: NeuronConfig = field(default_factory=NeuronConfig)
     granularity: str = "head"
     """head: each KV head decides; layer: the KV heads of a layer decide as one."""
     window: int = 64
@@ -141,6 +160,11 @@ class RetrofitConfig:
         _one_of("trainable", self.trainable, TRAINABLE)
         _one_of("divergence", self.divergence, DIVERGENCES)
         _one_of("fraction", self.fraction, FRACTIONS)
+        _one_of("source", self.source, SOURCES)
+        _need(
+            self.source == "linear" or self.trainable == "all" and self.granularity == "head",
+            "source: neuron has no heads to train and no logit of a layer: use trainable: all and granularity: head",
+        )
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("pull", self.pull, PULLS)
         _one_of("hold", self.hold, HOLDS)
@@ -180,12 +204,17 @@ class RetrofitConfig:
 
     def steps_to(self, ratio: float) -> int:
         """The step at which the target reaches a ratio."""
-        return math.ceil((ratio - 1) * self.steps_per_cr - 1e-9)
+        return self.fade_steps + math.ceil((ratio - 1) * self.steps_per_cr - 1e-9)
+
+    @property
+    def fade_steps(self) -> int:
+        """Steps before the schedule."""
+        return self.neuron.fade_steps if self.source == "neuron" else 0
 
     @property
     def final_cr(self) -> float:
         """The last step's target ratio."""
-        return min(1 + self.steps / self.steps_per_cr, self.max_cr)
+        return min(1 + max(self.steps - self.fade_steps, 0) / self.steps_per_cr, self.max_cr)
 
     def training_keys(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that resumes it."""

@@ -24,6 +24,8 @@ from sparsekv.modeling.states import Divergence, SplitModel
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.retrofit.config import RetrofitConfig
 
+NOTHING = -1e6
+"""An offset at which no logit marks anything, and to which no gradient flows."""
 QUANTILES = 256
 """Equal shares of the logits, between which their shifts are rounded."""
 SAMPLE = 1 << 20
@@ -46,6 +48,8 @@ class Draw:
     part: int = 0
     parts: int = 1
     """The rows are piece `part` of the `parts` equal pieces of a step's batch."""
+    keep: float | None = None
+    """The share of a neuron source's channel that is kept in a step that marks nothing."""
     full: float | None = None
     """The fraction that the logits are trained to reach, where they are shifted to give `target` instead."""
 
@@ -79,7 +83,7 @@ class Distillation(nn.Module):
         attachment, config = attachment_of(self.student), self.settings
         gates, policy = attachment.gates, attachment.policy
         assert isinstance(gates, SoftGates) and isinstance(policy, DMSPolicy), "training runs within modes.soft"
-        policy.offset = self.offset_for(draw)
+        policy.offset, attachment.keep = self.offset_for(draw), draw.keep or 0.0
         with self._autocast(input_ids.device):
             teacher = self._teach(input_ids, documents)
             gates.begin(seed=draw.seed, part=draw.part, parts=draw.parts)
@@ -98,6 +102,8 @@ class Distillation(nn.Module):
 
     def offset_for(self, draw: Draw) -> float:
         """The shift of the logits at which `target` of them were marked in the last step, were `full` without it."""
+        if draw.keep is not None:
+            return NOTHING
         if draw.full is None:
             return 0.0
         full, target = (self.quantiles[round((1 - x) * QUANTILES)] for x in (draw.full, draw.target))

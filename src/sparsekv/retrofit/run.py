@@ -28,7 +28,7 @@ from sparsekv.modeling.attach import attach
 from sparsekv.modeling.load import load_model, load_tokenizer
 from sparsekv.retrofit.calibrate import fill_table
 from sparsekv.retrofit.card import model_card
-from sparsekv.retrofit.checkpoint import CHECKPOINTS
+from sparsekv.retrofit.checkpoint import CHECKPOINTS, told
 from sparsekv.retrofit.config import RetrofitConfig, load_config, save_config
 from sparsekv.retrofit.data import blend
 from sparsekv.retrofit.data_config import describe_data, texts_of
@@ -36,7 +36,7 @@ from sparsekv.retrofit.documents import Documents, read_all
 from sparsekv.retrofit.documents import held_out as held_out_of
 from sparsekv.retrofit.export import MODEL_FOLDER, export
 from sparsekv.retrofit.metrics import METRICS_FILE
-from sparsekv.retrofit.trainer import adapter_config, train
+from sparsekv.retrofit.trainer import adapter_config, neuron_source, train
 
 CONFIG_COPY, EVAL_FILE, CARD_FILE = "config.yaml", "eval.json", "README.md"
 
@@ -118,7 +118,7 @@ def load_for_training(config: RetrofitConfig) -> tuple[PreTrainedModel, PreTrain
     frozen = config.trainable != "all"
     dtype = torch.bfloat16 if on_gpu and frozen else torch.float32
     model, tokenizer = load_model(config.model, device=device_of(config), dtype=dtype)
-    attach(model, policy="dms", window=config.window, lag=config.lag)
+    attach(model, policy="dms", window=config.window, lag=config.lag, neuron=neuron_source(config))
     return model, tokenizer
 
 
@@ -185,7 +185,8 @@ def _train(documents: list[Documents], config: RetrofitConfig, *, say: Say) -> N
         minutes=round(sum(seconds) / 60, 2),
         **provenance(model, config),
     )
-    export(weights, config.model, folder=Path(config.output), adapter=made)
+    with told(Path(config.output)):
+        export(weights, config.model, folder=Path(config.output), adapter=made)
 
 
 def _evaluate(

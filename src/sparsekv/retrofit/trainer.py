@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from sparsekv.dms import NeuronSource
 from sparsekv.modeling import modes
 from sparsekv.modeling.adapter import HEAD, AdapterConfig, base_shape
 from sparsekv.modeling.attach import attachment_of, heads
@@ -34,7 +35,7 @@ from sparsekv.retrofit.config import RetrofitConfig
 from sparsekv.retrofit.data import Blend
 from sparsekv.retrofit.distill import Distillation, Draw
 from sparsekv.retrofit.export import export
-from sparsekv.retrofit.goal import Progress, goal
+from sparsekv.retrofit.goal import Progress, channel_kept, goal
 from sparsekv.retrofit.metrics import MetricsCallback
 from sparsekv.retrofit.peft import add_lora
 
@@ -59,6 +60,7 @@ def train(
         with compiled_layers(model):
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         model.eval()
+        attachment_of(model).keep = 0.0
         policy = attachment_of(model).policy
         assert isinstance(policy, DMSPolicy)
         policy.offset = 0.0
@@ -73,6 +75,8 @@ def adapter_config(model: PreTrainedModel, config: RetrofitConfig, **training: A
         base_shape=base_shape(model),
         window=config.window,
         lag=config.lag,
+        source=config.source,
+        neuron=neuron_source(config),
         r=0 if lora is None else lora.rank,
         lora_alpha=0 if lora is None else lora.alpha,
         target_modules=[] if lora is None else lora.targets,
@@ -80,12 +84,19 @@ def adapter_config(model: PreTrainedModel, config: RetrofitConfig, **training: A
     )
 
 
+def neuron_source(config: RetrofitConfig) -> NeuronSource | None:
+    """What attach takes, where the queries are to carry the logits."""
+    if config.source != "neuron":
+        return None
+    return NeuronSource(channel=config.neuron.channel, scale=config.neuron.scale, offset=config.neuron.offset)
+
+
 def make_trainable(model: PreTrainedModel, config: RetrofitConfig) -> None:
     """Freeze what is not trained; LoRA is added."""
     model.requires_grad_(config.trainable == "all")
     if config.trainable == "lora":
         add_lora(model, config.lora, seed=config.seed)
-    for head in heads(model):
+    for head in heads(model) if config.source == "linear" else []:
         head.requires_grad_(True)
         head.shared = config.granularity == "layer"
     if config.gradient_checkpointing:
@@ -199,7 +210,8 @@ class RetrofitTrainer(Trainer):
         target, full = goal(self.retrofit, step)
         part = len(self._made) * self.args.world_size + self.args.process_index
         seed = self.retrofit.seed * 1_000_003 + step
-        draw = Draw(seed=seed, target=target, part=part, parts=self.parts, full=full)
+        keep = channel_kept(self.retrofit, step)
+        draw = Draw(seed=seed, target=target, part=part, parts=self.parts, keep=keep, full=full)
         made = model(inputs["input_ids"], draw, documents=inputs.get("documents"))
         self._made.append({name: value.detach() for name, value in made.items()})
         return made["loss"]
@@ -241,7 +253,8 @@ class RetrofitTrainer(Trainer):
         )
 
     def _check_gradients(self) -> None:
-        for index, head in enumerate(heads(self.distillation.student)):
+        student = self.distillation.student
+        for index, head in enumerate(heads(student) if self.retrofit.source == "linear" else []):
             gradients = [whole(parameter.grad) for parameter in head.parameters()]
             if any(g is None or not g.any() for g in gradients):
                 raise ValueError(
@@ -275,6 +288,10 @@ class RetrofitTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         checkpoints.save(self.distillation, self._inner_optimizer(), Path(output_dir))
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with checkpoints.told(Path(self.retrofit.output)):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         pass  # with the optimiser's state, once there is one
