@@ -188,7 +188,8 @@ class Run:
     def held(self, row: int = 0, head: int = 0) -> list[float]:
         """The tokens that a head holds, ascending, read off its pages."""
         layer = self.cache.layer(0)
-        return sorted(gather_slots(layer, row, head, int(layer.lengths[row, head]))[0][:, 0].tolist())
+        keys, _ = gather_slots(layer, row, layer.lengths[row].tolist())[head]
+        return sorted(keys[:, 0].tolist())
 
 
 def attend(query: Tensor, held: list[float], *, scale: float = 0.1) -> Tensor:

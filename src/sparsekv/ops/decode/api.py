@@ -68,4 +68,4 @@ def decode(
         if backend == "triton":
             raise ValueError(f"backend 'triton' {obstacle}; use 'reference'")
     out, lse, weights = reference.decode(layer, rows, q, scale, return_weights, longest, return_lse)
-    return Decoded(out=out, lse=lse if return_lse else None, weights=weights)
+    return Decoded(out=out, lse=lse, weights=weights)

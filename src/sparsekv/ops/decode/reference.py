@@ -6,11 +6,14 @@ from torch import Tensor
 from sparsekv.ops.layout import LayerPages
 
 
-def gather_slots(layer: LayerPages, row: int, head: int, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of one head in slot order: two [length, D]."""
-    table = layer.pages[row, head, : -(-length // layer.page_size)]
-    keys, values = (layer.kv[:, i].index_select(0, table).flatten(0, 1) for i in (0, 1))  # one copy each
-    return keys[:length], values[:length]
+def gather_slots(layer: LayerPages, row: int, lengths: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each head of a row in slot order, two [length, D] a head: one copy of whole pages each."""
+    counts = [-(-length // layer.page_size) for length in lengths]
+    table = torch.cat([layer.pages[row, head, :count] for head, count in enumerate(counts)])
+    keys, values = (layer.kv[:, i].index_select(0, table).split(counts) for i in (0, 1))
+    return [
+        (k.flatten(0, 1)[:length], v.flatten(0, 1)[:length]) for k, v, length in zip(keys, values, lengths, strict=True)
+    ]
 
 
 def decode(
@@ -21,28 +24,29 @@ def decode(
     with_weights: bool,
     longest: int | None = None,
     with_lse: bool = True,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See api.decode. Without `with_lse` the log-sum-exp is left out of the work, and is -inf."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See api.decode. A head that holds nothing sums over nothing: its output is 0 and its log-sum-exp -inf."""
     heads = layer.lengths.shape[1]
-    group = q.shape[1] // heads
     work = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.unflatten(1, (heads, group)).to(work) * scale
-    lengths = layer.lengths[rows].tolist()
-    out = torch.zeros_like(grouped)
-    lse = grouped.new_full(grouped.shape[:3], -torch.inf)
-    longest = longest or max((n for row in lengths for n in row), default=0)
+    grouped = (q.to(work) * scale).unflatten(1, (heads, -1))
+    lengths = layer.lengths.tolist()
+    held = [lengths[row] if row >= 0 else [0] * heads for row in rows.tolist()]
+    longest = longest or max((n for row in held for n in row), default=0)
+    out, lse = [], []
     weights = grouped.new_zeros(*grouped.shape[:3], longest) if with_weights else None
     for b, row in enumerate(rows.tolist()):
-        for h, length in enumerate(lengths[b]):
-            if row < 0 or length == 0:
-                continue
-            k, v = gather_slots(layer, row, h, length)
-            scores = grouped[b, h] @ k.to(work).T
+        for h, (query, (k, v)) in enumerate(zip(grouped[b], gather_slots(layer, row, held[b]), strict=True)):
+            scores = query @ k.to(work).T
             weight = scores.softmax(-1)
+            out.append(weight @ v.to(work))
             if with_lse:
-                lse[b, h] = scores.amax(-1) - weight.amax(-1).log()  # the largest weight is exp(largest score - lse)
-            out[b, h] = weight @ v.to(work)
+                # The largest weight is exp(largest score - lse).
+                empty = scores.new_full(scores.shape[:1], -torch.inf)
+                lse.append(scores.amax(-1) - weight.amax(-1).log() if len(k) else empty)
             if weights is not None:
-                weights[b, h, :, :length] = weight[:, :longest]
-    shape = q.shape[:2]
-    return out.reshape(q.shape).to(q.dtype), lse.reshape(shape), None if weights is None else weights.flatten(1, 2)
+                weights[b, h, :, : held[b][h]] = weight[:, :longest]
+    return (
+        torch.cat(out).view(q.shape).to(q.dtype),
+        torch.cat(lse).view(q.shape[:2]) if with_lse else None,
+        None if weights is None else weights.flatten(1, 2),
+    )

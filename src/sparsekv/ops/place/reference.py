@@ -34,31 +34,41 @@ def align_marks(layer: LayerPages, batch: Batch, decisions: Tensor, lag: int) ->
 def place_one(
     layer: LayerPages, rows: Tensor, k: Tensor, v: Tensor, marks: Tensor | None, slots: Tensor | None
 ) -> None:
-    """One token for each of `rows`, none for -1: k, v [B, H, D]; marks [B, H]; slots [B, H] overrides the ring rule."""
-    real = rows >= 0
-    if not bool(real.all()):
-        rows, k, v = rows[real], k[real], v[real]
-        marks = None if marks is None else marks[real]
-        slots = None if slots is None else slots[real]
-    seen = layer.seen[rows]
-    length = layer.lengths[rows]
-    entry = (seen % max(layer.window, 1)).long()
+    """One token for each of `rows`, none for -1: k, v [B, H, D]; marks [B, H]; slots [B, H] overrides the ring rule.
+
+    Slots are reckoned in Python's integers: they are so few that each tensor operation costs more than all of them.
+    """
+    where = rows.tolist()
+    if min(where, default=0) < 0:
+        real = rows >= 0
+        marks, slots = (None if x is None else x[real] for x in (marks, slots))
+        place_one(layer, rows[real], k[real], v[real], marks, slots)
+        return
+    window, device = layer.window, k.device
+    lengths, seen = layer.lengths.tolist(), layer.seen.tolist()
+    cells = [(row, head, seen[row] % max(window, 1)) for row in where for head in range(k.shape[1])]
+    length = [lengths[row][head] for row, head, _ in cells]
+    row, head, entry = torch.tensor(cells, dtype=torch.int64, device=device).view(-1, 3).unbind(-1)
+    slot = length
     if slots is not None:
-        slot = torch.where(slots >= 0, slots, length)
-    elif layer.window:
-        oldest = layer.ring[rows, :, entry]
-        reuse = (oldest & 1).bool() & (seen >= layer.window)[:, None]
-        slot = torch.where(reuse, oldest >> 1, length)
-    else:
-        slot = length
-    new_length = torch.maximum(length, slot + 1)
-    _extend(layer, rows, length, new_length)
-    _write(layer, rows[:, None].expand_as(slot), _heads(slot), slot, k, v)
-    if layer.window:
-        mark = torch.zeros_like(slot) if marks is None else marks.int()
-        layer.ring[rows, :, entry] = slot << 1 | mark
-    layer.lengths[rows] = new_length
-    layer.seen[rows] = seen + 1
+        slot = [s if s >= 0 else end for s, end in zip(slots.flatten().tolist(), length, strict=True)]
+    elif window:
+        full = [seen[cell[0]] >= window for cell in cells]
+        oldest = layer.ring[row, head, entry].tolist()
+        slot = [old >> 1 if old & 1 and f else end for old, f, end in zip(oldest, full, length, strict=True)]
+
+    new_length = [max(s + 1, end) for s, end in zip(slot, length, strict=True)]
+    if new_length != length:
+        grown = torch.tensor(new_length, dtype=torch.int32, device=device).view(len(where), -1)
+        if any(end % layer.page_size == 0 and new > end for new, end in zip(new_length, length, strict=True)):
+            _extend(layer, rows, layer.lengths[rows], grown)
+        layer.lengths[rows] = grown
+    at = torch.tensor(slot, dtype=torch.int64, device=device)
+    _write(layer, row, head, at, k.flatten(0, 1), v.flatten(0, 1))
+    if window:
+        mark = 0 if marks is None else marks.flatten()
+        layer.ring[row, head, entry] = (at << 1 | mark).int()
+    layer.seen[rows] += 1
 
 
 def place_many(layer: LayerPages, batch: Batch, k: Tensor, v: Tensor, marks: Tensor | None) -> None:
@@ -140,11 +150,7 @@ def _extend(layer: LayerPages, rows: Tensor, length: Tensor, new_length: Tensor)
 
 
 def _write(layer: LayerPages, rows: Tensor, heads: Tensor, slot: Tensor, k: Tensor, v: Tensor) -> None:
-    """Write k, v [..., D] into slot [...] of (rows [...], heads [...])."""
+    """Write k, v [n, D] into slot [n] of (rows [n], heads [n])."""
     page = layer.pages[rows, heads, slot // layer.page_size].long()
     offset = (slot % layer.page_size).long()
     layer.kv[page, :, offset] = torch.stack((k.detach(), v.detach()), dim=-2).to(layer.kv.dtype)
-
-
-def _heads(slot: Tensor) -> Tensor:
-    return torch.arange(slot.shape[1], device=slot.device).expand_as(slot)

@@ -30,8 +30,7 @@ def prefill(
             out[tokens] = 0
             continue
         position = torch.arange(seen[b], seen[b] + starts[b + 1] - starts[b], device=q.device)
-        for h in range(heads):
-            stored_k, stored_v = gather_slots(layer, row, h, lengths[b][h])
+        for h, (stored_k, stored_v) in enumerate(gather_slots(layer, row, lengths[b])):
             keys = torch.cat([stored_k.to(k.dtype), k[tokens, h]])
             values = torch.cat([stored_v.to(v.dtype), v[tokens, h]])
             birth = torch.cat([position.new_full((lengths[b][h],), -1), position])
