@@ -53,6 +53,7 @@ def test_lora_is_one_folder_and_merges_into_a_plain_model(configure: Configure, 
     config = configure(max_steps=2, lr=0.05, base_lr=0.05, trainable="lora", evaluation=EVALUATION)
     output, ids = run(config), torch.arange(40)[None]
     adapter, state = read_adapter(output)
+    assert "LoRA of rank 16 was trained with them (learning rate 0.05)" in (output / "README.md").read_text()
     assert (adapter.r, adapter.lora_alpha, len(state)) == (16, 32, 2 * (2 + 7 * 2))
     assert json.loads((output / "eval.json").read_text())["scores"][0]["divergence"] > 1e-4  # from the base model
     model, _ = load_model(config.model, device="cpu")
@@ -79,6 +80,7 @@ def test_all_weights_are_a_plain_model_with_the_heads_beside_it(configure: Confi
     base, _ = load_model(config.model, device="cpu")
     model, _ = load_model(str(output / "model"), device="cpu")
     assert read_adapter(output)[0].base_model_name_or_path == str(output / "model")
+    assert "All weights were trained with them" in (output / "README.md").read_text()
     assert not any("eviction" in name for name in model.state_dict())
     scores = json.loads((output / "eval.json").read_text())["scores"]
     assert scores[0]["divergence"] > 1e-3  # at ratio 1: from the base model, not from itself

@@ -16,7 +16,7 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
         f"# Eviction heads for {adapter.base_model_name_or_path}\n\n"
         "One set of heads that says which tokens each KV head can forget (Dynamic Memory Sparsification, arXiv "
         f"2506.05345), trained to ratio {made['final_cr']:g}, with an offset on their logits for every ratio from 1 to "
-        f"{adapter.max_cr:.3g}. The base model is unchanged.\n",
+        f"{adapter.max_cr:.3g}. {_base(adapter, config)}\n",
         "## Training\n\n"
         f"{made['steps']} steps of {config.batch} x {config.length} tokens in {made['minutes']:g} minutes on "
         f"{made['hardware']} (torch {made['torch']}); of the rows {describe_data(config.data)}, some of each text held "
@@ -31,6 +31,21 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
     if results is not None:
         parts.append(_evaluation(results))
     return "\n".join(parts)
+
+
+def _base(adapter: AdapterConfig, config: RetrofitConfig) -> str:
+    """What became of the base model."""
+    if config.trainable == "lora":
+        return (
+            f"LoRA of rank {adapter.r} was trained with them (learning rate {config.rate:g}): `attach` merges it into "
+            "the weights and `detach` takes it out; the base model's files are unchanged."
+        )
+    if config.trainable == "all":
+        return (
+            f"All weights were trained with them (learning rate {config.rate:g}): `model/` is a plain Transformers "
+            f"model, made from {config.model}, to use them with."
+        )
+    return "The base model is unchanged."
 
 
 def _evaluation(results: dict[str, Any]) -> str:
