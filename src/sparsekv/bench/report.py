@@ -137,6 +137,7 @@ def full(rows: list[Row]) -> str:
             ],
         ),
         *(part for r in rows if r.get("kernels") for part in _profile(r)),
+        *(part for r in rows if r["bench"] == "train" for part in _training(r)),
     ]
     return "\n\n".join(parts)
 
@@ -188,6 +189,30 @@ def _profile(step: Row) -> Iterable[str]:
     where = f"{size(step['batch'], step['context'])} step of the {step['shape']} shape at ratio {step['ratio']:g}"
     yield f"## Kernels of the {where}\n\nKernels overlap: the time of one counts from the end of the one before."
     yield _table(("kernels", "launches", "ms", "ms at copy speed", "of the step"), lines)
+
+
+def _training(row: Row) -> Iterable[str]:
+    """Attention with the gate by backend, and the whole step of a retrofit."""
+    step, layers = row["step"], row["step"].get("extrapolated_from_layers")
+    how = f", continued as a line from {' and '.join(map(str, layers))} layers" if layers else ""
+    yield (
+        f"## Training at the {row['shape']} shape\n\n{row['batch']} x {row['tokens']} tokens, commit {row['commit']}. "
+        f"Attention of one layer with the gate, forward and backward; a product of large matrices runs at "
+        f"{row['matmul_tflops']:.0f} TFLOP/s. The whole step of a retrofit, heads alone{how}: {step['ms']:.0f} ms, "
+        f"{step['tflops']:.0f} TFLOP/s, {step['of_matmul']:.0%} of that product's speed."
+    )
+    lines = [
+        (
+            name,
+            f"{r['forward_ms']:.2f}",
+            f"{r['ms']:.2f}",
+            f"{r['tflops']:.0f}",
+            f"{r['of_matmul']:.0%}",
+            f"{r['peak_bytes'] / 2**20:.0f}",
+        )
+        for name, r in row["attention"]["backends"].items()
+    ]
+    yield _table(("backend", "forward ms", "both ms", "TFLOP/s", "of the product", "peak MiB"), lines)
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
