@@ -31,9 +31,13 @@ class _Forward:
     """The forward under way."""
 
     packing: Packing
+    seen: Tensor
+    """int32 [layers, B]: tokens that each layer saw before the forward."""
     next_layer: int
     rollback: Rollback | None
     """None in a decode step, whose need for pages is known before anything is written."""
+    reads: list[Tensor] = field(default_factory=list)
+    """By layer, int32 [R, H]: the slots that a decode step read of each head."""
     prunes: list[tuple[int, Tensor]] = field(default_factory=list)
     """(layer, slots to keep): carried out at the end, when nothing can fail any more."""
 
@@ -89,13 +93,13 @@ class SparseCache(PagedCache):
             query=query,
             key=key,
             value=value,
-            seen=pages.seen[packing.batch.rows],
+            seen=forward.seen[site.layer],
             scale=scale,
             state=self.ragged.state[site.layer],
         )
         if forward.rollback is None:
             out, read = decode_layer(site.policy, step, pages)
-            self._reads = self._reads.to(out.device) + read.lengths[packing.batch.rows].sum()
+            forward.reads.append(read.lengths)
         else:
             forward.rollback.remember(site.layer, packing.batch)
             try:
@@ -132,14 +136,22 @@ class SparseCache(PagedCache):
         decoding = packing.batch.longest == 1
         if decoding:
             self._check_room(ragged)
-        self._forward = _Forward(packing=packing, next_layer=0, rollback=None if decoding else Rollback(ragged))
+        self._forward = _Forward(
+            packing=packing,
+            seen=ragged.seen[:, packing.batch.rows],
+            next_layer=0,
+            rollback=None if decoding else Rollback(ragged),
+        )
 
     def _end(self, forward: _Forward, length: int) -> None:
         for layer, keep in forward.prunes:
             self.ragged.prune(layer, forward.packing.batch.rows, keep)
         self._forward = None
         self.columns += length
-        self._peak = torch.maximum(self._peak.to(self.ragged.lengths.device), self.ragged.lengths.sum())
+        held = self.ragged.lengths.sum()
+        self._peak = torch.maximum(self._peak.to(held.device), held)
+        if forward.reads:
+            self._reads = self._reads.to(held.device) + torch.stack(forward.reads).sum()
 
     def _undo(self) -> int:
         """Take back the forward under way; returns the pages it had taken."""

@@ -1,4 +1,10 @@
-"""decode in plain PyTorch: a loop over (sequence, head), each an exact softmax over its live slots."""
+"""decode in plain PyTorch: an exact softmax over the live slots of each head.
+
+A row's pages are copied together and multiplied page by page, so that a layer takes few calls and PyTorch's threads
+share all of its heads.
+"""
+
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -6,10 +12,17 @@ from torch import Tensor
 from sparsekv.ops.layout import LayerPages
 
 
-def gather_slots(layer: LayerPages, row: int, lengths: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each head of a row in slot order, two [length, D] a head: one copy of whole pages each."""
+def page_table(layer: LayerPages, row: int, lengths: list[int]) -> tuple[Tensor, list[int]]:
+    """The pages of a row's heads, one head after the other, int32 [N], and how many each head has.
+
+    lengths: the slots that each head has in use."""
     counts = [-(-length // layer.page_size) for length in lengths]
-    table = torch.cat([layer.pages[row, head, :count] for head, count in enumerate(counts)])
+    return torch.cat([layer.pages[row, head, :count] for head, count in enumerate(counts)]), counts
+
+
+def gather_slots(layer: LayerPages, row: int, lengths: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each head of a row in slot order: two [length, D] a head."""
+    table, counts = page_table(layer, row, lengths)
     keys, values = (layer.kv[:, i].index_select(0, table).split(counts) for i in (0, 1))
     return [
         (k.flatten(0, 1)[:length], v.flatten(0, 1)[:length]) for k, v, length in zip(keys, values, lengths, strict=True)
@@ -26,25 +39,35 @@ def decode(
     with_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See api.decode. A head that holds nothing sums over nothing: its output is 0 and its log-sum-exp -inf."""
-    heads = layer.lengths.shape[1]
+    heads, size = layer.lengths.shape[1], layer.page_size
     work = torch.promote_types(q.dtype, torch.float32)
-    grouped = (q.to(work) * scale).unflatten(1, (heads, -1))
+    grouped = (q.to(work) * scale).unflatten(1, (heads, 1, -1))
     lengths = layer.lengths.tolist()
     held = [lengths[row] if row >= 0 else [0] * heads for row in rows.tolist()]
     longest = longest or max((n for row in held for n in row), default=0)
     out, lse = [], []
-    weights = grouped.new_zeros(*grouped.shape[:3], longest) if with_weights else None
+    weights = q.new_zeros(len(held), heads, q.shape[1] // heads, longest, dtype=work) if with_weights else None
     for b, row in enumerate(rows.tolist()):
-        for h, (query, (k, v)) in enumerate(zip(grouped[b], gather_slots(layer, row, held[b]), strict=True)):
-            scores = query @ k.to(work).T
-            weight = scores.softmax(-1)
-            out.append(weight @ v.to(work))
+        table, counts = page_table(layer, row, held[b])
+        query = torch.cat([x.expand(count, -1, -1) for x, count in zip(grouped[b], counts, strict=True)])
+        keys = layer.kv[:, 0].index_select(0, table).to(work)  # [N, C, D]
+        scores, by_page = torch.bmm(query, keys.mT), []
+        for h, (length, count, end) in enumerate(zip(held[b], counts, accumulate(counts), strict=True)):
+            score = scores[end - count : end].transpose(0, 1).flatten(1)
+            score[:, length:] = -torch.inf
+            weight = score.softmax(-1)  # [G, slots of the head's pages]
+            by_page.append(weight.unflatten(1, (count, size)).transpose(0, 1))
             if with_lse:
                 # The largest weight is exp(largest score - lse).
-                empty = scores.new_full(scores.shape[:1], -torch.inf)
-                lse.append(scores.amax(-1) - weight.amax(-1).log() if len(k) else empty)
+                empty = score.new_full(score.shape[:1], -torch.inf)
+                lse.append(score.amax(-1) - weight.amax(-1).log() if length else empty)
             if weights is not None:
-                weights[b, h, :, : held[b][h]] = weight[:, :longest]
+                weights[b, h, :, :length] = weight[:, : min(length, longest)]
+        values = layer.kv[:, 1].index_select(0, table).to(work)
+        for part, length in zip(values.split(counts), held[b], strict=True):
+            if length % size:
+                part[-1, length % size :] = 0  # not in use: anything may lie there
+        out += [x.sum(0) for x in torch.bmm(torch.cat(by_page), values).split(counts)]
     return (
         torch.cat(out).view(q.shape).to(q.dtype),
         torch.cat(lse).view(q.shape[:2]) if with_lse else None,

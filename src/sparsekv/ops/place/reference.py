@@ -63,12 +63,14 @@ def place_one(
         if any(end % layer.page_size == 0 and new > end for new, end in zip(new_length, length, strict=True)):
             _extend(layer, rows, layer.lengths[rows], grown)
         layer.lengths[rows] = grown
-    at = torch.tensor(slot, dtype=torch.int64, device=device)
-    _write(layer, row, head, at, k.flatten(0, 1), v.flatten(0, 1))
+    places = [divmod(s, layer.page_size) for s in slot]
+    column, offset = torch.tensor(places, dtype=torch.int64, device=device).view(-1, 2).unbind(-1)
+    _write(layer, layer.pages[row, head, column], offset, k.flatten(0, 1), v.flatten(0, 1))
     if window:
-        mark = 0 if marks is None else marks.flatten()
-        layer.ring[row, head, entry] = (at << 1 | mark).int()
-    layer.seen[rows] += 1
+        mark = [0] * len(slot) if marks is None else marks.flatten().tolist()
+        written = [s << 1 | m for s, m in zip(slot, mark, strict=True)]
+        layer.ring[row, head, entry] = torch.tensor(written, dtype=torch.int32, device=device)
+    layer.seen.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int32))
 
 
 def place_many(layer: LayerPages, batch: Batch, k: Tensor, v: Tensor, marks: Tensor | None) -> None:
@@ -99,7 +101,9 @@ def place_many(layer: LayerPages, batch: Batch, k: Tensor, v: Tensor, marks: Ten
     _extend(layer, rows, length, new_length)
 
     b, h, s = alive.nonzero(as_tuple=True)
-    _write(layer, rows[b], h, slot[b, h, s], k[token[b, s], h], v[token[b, s], h])
+    at = slot[b, h, s]
+    pages = layer.pages[rows[b], h, at // layer.page_size]
+    _write(layer, pages, at % layer.page_size, k[token[b, s], h], v[token[b, s], h])
     if window:
         b, h, s = (valid & in_window)[:, None].expand_as(alive).nonzero(as_tuple=True)
         entry = (position[b, s] % window).long()
@@ -149,8 +153,9 @@ def _extend(layer: LayerPages, rows: Tensor, length: Tensor, new_length: Tensor)
     layer.free_count.sub_(total)
 
 
-def _write(layer: LayerPages, rows: Tensor, heads: Tensor, slot: Tensor, k: Tensor, v: Tensor) -> None:
-    """Write k, v [n, D] into slot [n] of (rows [n], heads [n])."""
-    page = layer.pages[rows, heads, slot // layer.page_size].long()
-    offset = (slot % layer.page_size).long()
-    layer.kv[page, :, offset] = torch.stack((k.detach(), v.detach()), dim=-2).to(layer.kv.dtype)
+def _write(layer: LayerPages, pages: Tensor, offsets: Tensor, k: Tensor, v: Tensor) -> None:
+    """Write k, v [n, D] at offsets [n] within pages [n]."""
+    flat, size = layer.kv.view(-1, layer.kv.shape[-1]), layer.page_size
+    at = torch.add(offsets.long(), pages.long(), alpha=2 * size)
+    flat.index_copy_(0, at, k.detach().to(flat.dtype))
+    flat.index_copy_(0, at + size, v.detach().to(flat.dtype))
