@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsekv.bench.report import BEGIN, END, main
+from sparsekv.bench.report import BEGIN, BEGIN_CPU, END, END_CPU, main
 from sparsekv.bench.targets import against_targets, find
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/h100.jsonl"
@@ -63,3 +63,22 @@ def test_a_figure_that_was_not_measured_is_named(rows):
     rows.remove(find(rows, "decode", batch=1, context=32768))
     with pytest.raises(ValueError, match="0 rows of decode at batch 1, context 32768"):
         against_targets(rows)
+
+
+def test_the_page_of_a_cpu_has_a_line_a_measurement_with_every_run(tmp_path):
+    page, results = tmp_path / "page.md", tmp_path / "cpu.jsonl"
+    page.write_text(f"before\n{BEGIN_CPU}\nSTALE\n{END_CPU}\nafter\n")
+    shared = {"model": "tiny", "hardware": "a CPU", "threads": 2, "torch": "2", "transformers": "5", "commit": "abc"}
+    shared |= {"marks": "random-marks", "ratio_asked": 4.0}
+    runs = [
+        {"bench": "decode", "context": 4000, "ratio_held": 4.1, "dense_ms": 8.0 * s, "sparsekv_ms": 8.0, "speedup": s}
+        for s in (1.25, 0.5, 1.5)
+    ]
+    runs.append({"bench": "prefill", "tokens": 2048, "dense_ms": 9.0, "sparsekv_ms": 12.0, "speedup": 0.75})
+    results.write_text("".join(json.dumps(shared | run) + "\n" for run in runs))
+    assert main([str(results), str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith(f"before\n{BEGIN_CPU}\ntiny, a CPU, 2 threads,")
+    assert text.endswith(f"\n{END_CPU}\nafter\n")
+    assert "| a token after 4000 | random-marks | 4.10 | 10.0 | 8.0 | 1.25 | 1.25, 0.50, 1.50 |" in text
+    assert "| read 2048 tokens | random-marks | 4.00 | 9.0 | 12.0 | 0.75 | 0.75 |" in text

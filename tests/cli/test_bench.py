@@ -7,6 +7,7 @@ import torch
 
 import sparsekv
 from helpers import tiny_model, tokens
+from sparsekv.bench import plain as bench_plain
 from sparsekv.bench.fill import spread_lengths
 from sparsekv.bench.plain import WINDOW, RandomMarks, pair
 from sparsekv.modeling.cache import SparseCache
@@ -56,11 +57,22 @@ def test_json_has_both_sides(run, model_folder, which):
         assert record["kv_bytes"] < record["dense_kv_bytes"]
 
 
-def test_an_adapter_can_be_timed(run, model_folder, adapter_folder):
-    words = ["--model", model_folder, "--adapter", adapter_folder, "--cr", 2, "--context", 100, "--steps", 2]
-    outcome = run("bench", "decode", *words)
+@pytest.mark.parametrize("which", [["decode", "--context", 100, "--steps", 2], ["prefill", "--tokens", 100]])
+def test_an_adapter_reads_text(run, model_folder, adapter_folder, monkeypatch, which):
+    documents = [f"word{i} " * 300 for i in range(4)]
+    monkeypatch.setattr("sparsekv.evals.corpus.fetch_text", lambda name: documents)
+    read, texts = getattr(bench_plain, f"bench_plain_{which[0]}"), []
+
+    def spy(model, ids, **options):
+        texts.append(ids)
+        return read(model, ids, **options)
+
+    monkeypatch.setattr(bench_plain, read.__name__, spy)
+    outcome = run("bench", *which, "--model", model_folder, "--adapter", adapter_folder, "--cr", 2)
     assert outcome.code == 0
     assert "times as fast" in outcome.out
+    assert texts[0].shape == (1, 103 if which[0] == "decode" else 100)
+    assert len(texts[0].unique()) < 20  # of the held-out document, which says one word
 
 
 def test_a_context_that_the_model_does_not_have(run, model_folder):

@@ -63,15 +63,19 @@ def pair(
 def bench_plain_decode(
     model: PreTrainedModel, ids: Tensor, *, ratio: float, adapter: str | None, steps: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Median milliseconds per decoded token after ids, int64 [1, context]; one step of each model in turn."""
-    context = ids.shape[1]
+    """Median milliseconds per decoded token, one step of each model in turn.
+
+    ids: int64 [1, context + steps + 1]; the tokens after the context are those that are decoded, the first unmeasured.
+    """
+    context = ids.shape[1] - steps - 1
     plain, ours = pair(model, ratio=ratio, adapter=adapter, tokens=context, seed=seed)
     dense, sparse = DynamicCache(config=plain.config), SparseCache(ours)
-    plain(ids, past_key_values=dense, logits_to_keep=1)
-    ours(ids, past_key_values=sparse, logits_to_keep=1)
-    token = ids[:, -1:]
+    prompt, *rest = ids.split([context, *[1] * (steps + 1)], dim=1)
+    plain(prompt, past_key_values=dense, logits_to_keep=1)
+    ours(prompt, past_key_values=sparse, logits_to_keep=1)
+    theirs, mine = iter(rest), iter(rest)
     times = _interleaved(
-        [lambda: plain(token, past_key_values=dense), lambda: ours(token, past_key_values=sparse)],
+        [lambda: plain(next(theirs), past_key_values=dense), lambda: ours(next(mine), past_key_values=sparse)],
         ids.device,
         repeats=steps,
     )

@@ -1,6 +1,9 @@
 """The tables of docs/performance.md, and the short ones of the README, from a results file:
 python -m sparsekv.bench.report benchmarks/results/h100.jsonl docs/performance.md README.md
 
+With one page, the table of whole forwards on a CPU, which `make bench-cpu` measures:
+python -m sparsekv.bench.report benchmarks/results/cpu.jsonl docs/performance.md
+
 Only the blocks between the markers are rewritten.
 """
 
@@ -12,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv.bench.targets import VLLM, Row, against_targets, find, size
+from sparsekv.bench.timing import median
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+BEGIN_CPU, END_CPU = "<!-- performance-cpu:begin -->", "<!-- performance-cpu:end -->"
 GROUPS = {
     "matrix products of the weights": ("_linear", "nvjet", "void cublasLt::splitKreduce"),
     "decode attention": ("_decode",),
@@ -25,13 +30,16 @@ GROUPS = {
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 and one sentence for a user's mistake."""
-    if len(arguments) != 3:
-        print("usage: python -m sparsekv.bench.report RESULTS.jsonl PAGE.md README.md", file=sys.stderr)
+    if len(arguments) not in (2, 3):
+        print("usage: python -m sparsekv.bench.report RESULTS.jsonl PAGE.md [README.md]", file=sys.stderr)
         return 2
-    results, page, readme = (Path(argument) for argument in arguments)
+    results, page, *readme = (Path(argument) for argument in arguments)
     try:
         rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-        texts = {page: replaced(page, full(rows)), readme: replaced(readme, brief(rows))}
+        if readme:
+            texts = {page: replaced(page, full(rows)), readme[0]: replaced(readme[0], brief(rows))}
+        else:
+            texts = {page: replaced(page, plain(rows), BEGIN_CPU, END_CPU)}
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
@@ -40,12 +48,39 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def replaced(path: Path, block: str) -> str:
+def replaced(path: Path, block: str, begin: str = BEGIN, end: str = END) -> str:
     """The file's text with another block between its markers. Raises ValueError unless it has one pair of them."""
     text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path} needs {BEGIN} and then {END}, once each")
-    return f"{text.split(BEGIN)[0]}{BEGIN}\n{block}\n{END}{text.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{path} needs {begin} and then {end}, once each")
+    return f"{text.split(begin)[0]}{begin}\n{block}\n{end}{text.split(end)[1]}"
+
+
+def plain(rows: list[Row]) -> str:
+    """Whole forwards beside plain Transformers (bench/plain.py): one line a measurement, medians over its runs."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["bench"], row.get("context") or row["tokens"], row["marks"]), []).append(row)
+    first, lines = rows[0], []
+    for (bench, tokens, marks), runs in groups.items():
+        speedups = [run["speedup"] for run in runs]
+        what = f"a token after {tokens}" if bench == "decode" else f"read {tokens} tokens"
+        lines.append(
+            (
+                what,
+                marks,
+                f"{median([run.get('ratio_held', run['ratio_asked']) for run in runs]):.2f}",
+                *(f"{median([run[key] for run in runs]):.1f}" for key in ("dense_ms", "sparsekv_ms")),
+                f"{median(speedups):.2f}",
+                ", ".join(f"{speedup:.2f}" for speedup in speedups),
+            )
+        )
+    head = ("what", "marks", "ratio", "DynamicCache + SDPA, ms", "SparseCache, ms", "times as fast", "every run")
+    return (
+        f"{first['model']}, {first['hardware']}, {first['threads']} threads, torch {first['torch']}, transformers "
+        f"{first['transformers']}, commit {first['commit']}; medians of each run, then over runs with a seed each.\n\n"
+        + _table(head, lines)
+    )
 
 
 def brief(rows: list[Row]) -> str:

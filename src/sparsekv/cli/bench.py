@@ -52,7 +52,7 @@ def decode(
         raise ValueError("--batch needs --shape; whole models are compared one sequence at a time")
     from sparsekv.bench.plain import bench_plain_decode
 
-    loaded, ids = _prepare(model, context, reserve=steps + 1, threads=threads, seed=seed)
+    loaded, ids = _prepare(model, context + steps + 1, adapter=adapter, threads=threads, seed=seed)
     result = {"model": model} | bench_plain_decode(loaded, ids, ratio=cr, adapter=adapter, steps=steps, seed=seed)
     _show(result, f"per token at {context} tokens of context, ratio {result['ratio_held']:.2f}", as_json)
 
@@ -78,7 +78,7 @@ def prefill(
         raise ValueError("--window needs --shape; random marks over whole models have a window of 64")
     from sparsekv.bench.plain import bench_plain_prefill
 
-    loaded, ids = _prepare(model, tokens, reserve=0, threads=threads, seed=seed)
+    loaded, ids = _prepare(model, tokens, adapter=adapter, threads=threads, seed=seed)
     result = {"model": model} | bench_plain_prefill(loaded, ids, ratio=cr, adapter=adapter, repeats=repeats, seed=seed)
     _show(result, f"to read {tokens} tokens, ratio {cr:g}", as_json)
 
@@ -261,17 +261,25 @@ def _refuse_adapter(adapter: str | None) -> None:
         raise ValueError("--adapter and --shape exclude each other; a shape has no model that the adapter would fit")
 
 
-def _prepare(model: str, tokens: int, *, reserve: int, threads: int | None, seed: int) -> tuple[Any, Any]:
-    """The model and random tokens int64 [1, tokens]: speed does not depend on what they say."""
+def _prepare(model: str, tokens: int, *, adapter: str | None, threads: int | None, seed: int) -> tuple[Any, Any]:
+    """The model and int64 [1, tokens]: held-out encyclopedia text for an adapter, which holds more of what it does not
+    know; else random tokens, since speed does not depend on what they say."""
+    import numpy as np
     import torch
 
     if threads is not None:
         torch.set_num_threads(threads)
-    loaded, _ = open_model(model)
+    loaded, tokenizer = open_model(model)
     config = loaded.config.get_text_config(decoder=True)
-    check_length(tokens + reserve, config.max_position_embeddings)
-    ids = torch.randint(0, config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
-    return loaded, ids.to(loaded.device)
+    check_length(tokens, config.max_position_embeddings)
+    if adapter is None:
+        ids = torch.randint(0, config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(seed))
+    else:
+        from sparsekv.evals.corpus import Corpus, load_documents
+
+        corpus = Corpus(load_documents(["encyclopedia"])[1], tokenizer)
+        ids = torch.from_numpy(corpus.window(np.random.default_rng(seed), tokens).ids).long()
+    return loaded, ids[None].to(loaded.device)
 
 
 def _show(result: dict[str, Any], what: str, as_json: bool) -> None:
