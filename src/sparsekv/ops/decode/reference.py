@@ -4,10 +4,9 @@ A row's pages are copied together and multiplied page by page, so that a layer t
 share all of its heads.
 """
 
-from itertools import accumulate
-
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sparsekv.ops.layout import LayerPages
 
@@ -50,24 +49,23 @@ def decode(
     for b, row in enumerate(rows.tolist()):
         table, counts = page_table(layer, row, held[b])
         query = torch.cat([x.expand(count, -1, -1) for x, count in zip(grouped[b], counts, strict=True)])
-        keys = layer.kv[:, 0].index_select(0, table).to(work)  # [N, C, D]
-        scores, by_page = torch.bmm(query, keys.mT), []
-        for h, (length, count, end) in enumerate(zip(held[b], counts, accumulate(counts), strict=True)):
-            score = scores[end - count : end].transpose(0, 1).flatten(1)
-            score[:, length:] = -torch.inf
-            weight = score.softmax(-1)  # [G, slots of the head's pages]
-            by_page.append(weight.unflatten(1, (count, size)).transpose(0, 1))
-            if with_lse:
-                # The largest weight is exp(largest score - lse).
-                empty = score.new_full(score.shape[:1], -torch.inf)
-                lse.append(score.amax(-1) - weight.amax(-1).log() if length else empty)
-            if weights is not None:
-                weights[b, h, :, :length] = weight[:, : min(length, longest)]
-        values = layer.kv[:, 1].index_select(0, table).to(work)
+        keys, values = layer.kv.index_select(0, table).to(work).unbind(1)  # [N, C, D] each
         for part, length in zip(values.split(counts), held[b], strict=True):
             if length % size:
                 part[-1, length % size :] = 0  # not in use: anything may lie there
-        out += [x.sum(0) for x in torch.bmm(torch.cat(by_page), values).split(counts)]
+        scores = pad_sequence(list(torch.bmm(query, keys.mT).split(counts)), batch_first=True)  # [H, pages, G, C]
+        scores = scores.transpose(1, 2).flatten(2)
+        for h, length in enumerate(held[b]):
+            scores[h, :, length:] = -torch.inf
+        weight = scores.softmax(-1)
+        by_page = weight.unflatten(2, (max(counts), size)).transpose(1, 2)
+        by_page = torch.cat([x[:count] for x, count in zip(by_page, counts, strict=True)])
+        out += [x.sum(0) for x in torch.bmm(by_page, values).split(counts)]
+        if with_lse:
+            lse.append(scores.logsumexp(-1))
+        if weights is not None:
+            for h, length in enumerate(held[b]):
+                weights[b, h, :, :length] = weight[h, :, : min(length, longest)]
     return (
         torch.cat(out).view(q.shape).to(q.dtype),
         torch.cat(lse).view(q.shape[:2]) if with_lse else None,
