@@ -12,11 +12,13 @@ import sparsekv
 from commands import TEXT, save_model, write_adapter
 from sparsekv.cache.pages import human_bytes
 from sparsekv.cli import demo
-from sparsekv.cli.demo_report import BEGIN, END, draw, readme_block, rewrite_readme, rows, table
+from sparsekv.cli.demo_report import BLOCK, draw, readme_block, rewrite_readme, rows, table
 from sparsekv.cli.demo_run import CHUNK
 from sparsekv.cli.demo_task import Task, make_task
 from sparsekv.cli.models import find_adapter
+from sparsekv.markdown import markers
 
+BEGIN, END = markers(BLOCK)
 ARTICLES = ["Short\n\nToo short.", "Lighthouses\n\n" + TEXT * 60]
 CONTEXT, CONTINUATION, GENERATE = 300, 140, 12
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsekv.modeling.wheels import cache_folder, fetch_wheel_member
+from sparsekv.modeling.fetched import cache_folder
+from sparsekv.modeling.wheels import fetch_wheel_member
 
 PIN, MEMBER, CONTENT = "tinything==1.0", "tinything/data/words.bin", b"a few bytes" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

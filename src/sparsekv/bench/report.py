@@ -16,9 +16,9 @@ from typing import Any
 
 from sparsekv.bench.targets import VLLM, Row, against_targets, find, size
 from sparsekv.bench.timing import median
+from sparsekv.markdown import replaced, table
 
-BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
-BEGIN_CPU, END_CPU = "<!-- performance-cpu:begin -->", "<!-- performance-cpu:end -->"
+BLOCK, CPU_BLOCK = "performance", "performance-cpu"
 GROUPS = {
     "matrix products of the weights": ("_linear", "nvjet", "void cublasLt::splitKreduce"),
     "decode attention": ("_decode",),
@@ -36,24 +36,18 @@ def main(arguments: list[str]) -> int:
     results, page, *readme = (Path(argument) for argument in arguments)
     try:
         rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+        name = BLOCK if readme else CPU_BLOCK
         if readme:
-            texts = {page: replaced(page, full(rows)), readme[0]: replaced(readme[0], brief(rows))}
+            blocks = {page: full(rows), readme[0]: brief(rows)}
         else:
-            texts = {page: replaced(page, plain(rows), BEGIN_CPU, END_CPU)}
+            blocks = {page: plain(rows)}
+        texts = {path: replaced(path, block, name=name) for path, block in blocks.items()}
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     return 0
-
-
-def replaced(path: Path, block: str, begin: str = BEGIN, end: str = END) -> str:
-    """The file's text with another block between its markers. Raises ValueError unless it has one pair of them."""
-    text = path.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"{path} needs {begin} and then {end}, once each")
-    return f"{text.split(begin)[0]}{begin}\n{block}\n{end}{text.split(end)[1]}"
 
 
 def plain(rows: list[Row]) -> str:
@@ -79,7 +73,7 @@ def plain(rows: list[Row]) -> str:
     return (
         f"{first['model']}, {first['hardware']}, {first['threads']} threads, torch {first['torch']}, transformers "
         f"{first['transformers']}, commit {first['commit']}; medians of each run, then over runs with a seed each.\n\n"
-        + _table(head, lines)
+        + table(head, lines)
     )
 
 
@@ -100,7 +94,7 @@ def brief(rows: list[Row]) -> str:
     parts = [
         f"One decode step of the Qwen3-8B shape, random weights, {rows[0]['hardware']}, in ms (commit "
         f"{rows[0]['commit']}):",
-        _table(head, [(*line[1:5], line[6], line[8], line[9]) for line in lines]),
+        table(head, [(*line[1:5], line[6], line[8], line[9]) for line in lines]),
         "*Constants measured elsewhere on the same kind of GPU, not in this run. Ours end with the logits, and at "
         "ratio 8 hold an eighth of the keys and values; vLLM holds all.",
         f"With {many['memory'] >> 30} GiB for keys and values, from the times of four steps without prefill or "
@@ -122,9 +116,9 @@ def full(rows: list[Row]) -> str:
     parts = [
         f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}, seed {first['seed']}; bf16, medians.",
         f"## Targets\n\nOf {len(targets)}, {_verdicts(targets)}.",
-        _table(("what", "aimed at", "measured", ""), targets),
+        table(("what", "aimed at", "measured", ""), targets),
         "## Decode kernel\n\nOne layer at the Qwen3-8B shape, a ratio of 8.",
-        _table(
+        table(
             ("batch x live tokens a head", "us", "us at copy speed", "share of copy bandwidth"),
             [
                 (
@@ -137,7 +131,7 @@ def full(rows: list[Row]) -> str:
             ],
         ),
         "## Prefill attention\n\nOne layer at the Qwen3-8B shape, beside causal SDPA (cuDNN) over repeated KV heads.",
-        _table(
+        table(
             ("tokens", "ratio", "ms", "cuDNN ms", "times as fast"),
             [
                 (r["tokens"], f"{r['ratio']:g}", f"{r['ms']:.2f}", f"{r['sdpa_ms']:.2f}", f"{r['speedup']:.2f}")
@@ -147,9 +141,9 @@ def full(rows: list[Row]) -> str:
         "## Decode step\n\nMilliseconds. Roofline: all weights and the live keys and values at copy speed. Bytes read: "
         "the same without an untied embedding, of which a step reads a row a token. vLLM 0.26.0: constants, not of "
         "this run. Dense held: share of the context that the dense rows held.",
-        _table(steps, _step_lines(rows)),
+        table(steps, _step_lines(rows)),
         "## Throughput\n\nA fixed memory for keys and values, the largest batch that fits.",
-        _table(
+        table(
             ("ratio", "memory", "batch", "ms of four steps", "tokens/s"),
             [
                 (
@@ -163,7 +157,7 @@ def full(rows: list[Row]) -> str:
             ],
         ),
         "## Plain Transformers\n\nThe same decode step, dense, SDPA.",
-        _table(
+        table(
             ("cache", "batch x context", "ms"),
             [
                 (r["cache"], size(r["batch"], r["context"]), f"{r['ms']:.0f}")
@@ -223,7 +217,7 @@ def _profile(step: Row) -> Iterable[str]:
     lines.append(("the rest: step less the sum (gaps, kernels not listed)", "-", f"{left:.2f}", "-", ""))
     where = f"{size(step['batch'], step['context'])} step of the {step['shape']} shape at ratio {step['ratio']:g}"
     yield f"## Kernels of the {where}\n\nKernels overlap: the time of one counts from the end of the one before."
-    yield _table(("kernels", "launches", "ms", "ms at copy speed", "of the step"), lines)
+    yield table(("kernels", "launches", "ms", "ms at copy speed", "of the step"), lines)
 
 
 def _training(row: Row) -> Iterable[str]:
@@ -247,12 +241,7 @@ def _training(row: Row) -> Iterable[str]:
         )
         for name, r in row["attention"]["backends"].items()
     ]
-    yield _table(("backend", "forward ms", "both ms", "TFLOP/s", "of the product", "peak MiB"), lines)
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    yield table(("backend", "forward ms", "both ms", "TFLOP/s", "of the product", "peak MiB"), lines)
 
 
 if __name__ == "__main__":

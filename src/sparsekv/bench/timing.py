@@ -2,8 +2,6 @@
 
 import platform
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 import transformers
 
 from sparsekv import __version__
+from sparsekv.provenance import commit
 
 
 def median(values: list[float]) -> float:
@@ -74,7 +73,7 @@ def copy_bandwidth(device: torch.device) -> float:
 def environment(device: torch.device) -> dict[str, Any]:
     """What a result must carry: commit, hardware, versions."""
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -82,14 +81,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _commit() -> str | None:
-    """Of the checkout that this file lies in; None outside of one."""
-    if shutil.which("git") is None:
-        return None
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def _cpu_name() -> str:

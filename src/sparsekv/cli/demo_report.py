@@ -8,8 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsekv.cache.pages import human_bytes
+from sparsekv.markdown import replaced
 
-BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+BLOCK = "demo"
 _COLUMNS = ("asked", "held", "KV held", "KV reads", "perplexity", "tokens/s", "answer", "")
 _LEFT = ("asked", "answer", "")
 _INK, _SOFT, _GRID = "#1c1b19", "#6b6862", "#e3e0da"
@@ -100,12 +101,8 @@ def readme_block(results: dict[str, Any], picture: str) -> str:
 
 
 def rewrite_readme(readme: Path, block: str) -> None:
-    """Replace what stands between the markers. Raises ValueError where a marker is missing."""
-    text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme} needs the lines {BEGIN} and {END}, once each and in this order")
-    head, rest = text.split(BEGIN)
-    readme.write_text(f"{head}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    """Replace the README's block. Raises ValueError where a marker is missing."""
+    readme.write_text(replaced(readme, block, name=BLOCK), encoding="utf-8")
 
 
 def _shortened(answer: str, length: int = 12) -> str:

@@ -37,7 +37,7 @@ def merge(graph: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
     value = dict(zip(placeholders, inputs, strict=True))
     by_input: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target is linear and _plain(node, value):
+        if is_product(node) and isinstance(value.get(node.args[1]), Tensor):
             by_input.setdefault(node.args[0], []).append(node)
     for source, nodes in by_input.items():
         nodes.sort(key=lambda node: value[node.args[1]].data_ptr())
@@ -48,12 +48,11 @@ def merge(graph: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
     return graph
 
 
-def _plain(node: fx.Node, value: dict[fx.Node, Any]) -> bool:
-    """Whether it is linear(x, parameter) without a bias."""
-    args = [*node.args, *node.kwargs.values()]
-    if len(node.args) < 2 or not isinstance(args[1], fx.Node):
+def is_product(node: fx.Node) -> bool:
+    """Whether it is linear(x, weight) without a bias."""
+    if node.op != "call_function" or node.target is not linear or len(node.args) < 2:
         return False
-    return isinstance(value.get(args[1]), Tensor) and not any(a is not None for a in args[2:])
+    return all(bias is None for bias in (*node.args[2:], *node.kwargs.values()))
 
 
 def _adjacent(weights: list[Tensor]) -> bool:

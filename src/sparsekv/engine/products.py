@@ -8,8 +8,8 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx
-from torch.nn.functional import linear as torch_linear
 
+from sparsekv.engine.merge import is_product
 from sparsekv.ops.linear import linear
 
 
@@ -17,7 +17,7 @@ def with_own_products(graph: fx.GraphModule, workspace: Tensor) -> fx.GraphModul
     """Replace every linear(x, weight) without a bias. workspace: ops.linear's, to be kept as long as the graph runs."""
     _WORKSPACES[id(workspace)] = workspace
     for node in list(graph.graph.nodes):
-        if node.op == "call_function" and node.target is torch_linear and not any(node.args[2:]) and not node.kwargs:
+        if is_product(node):
             with graph.graph.inserting_before(node):
                 args = (*node.args[:2], id(workspace))
                 node.replace_all_uses_with(graph.graph.call_function(torch.ops.sparsekv.linear.default, args))

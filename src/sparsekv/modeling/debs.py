@@ -7,11 +7,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sparsekv.modeling.wheels import sha256_of
+from sparsekv.modeling.fetched import fetch_once
 
 _MAGIC, _HEADER = b"!<arch>\n", 60
 
@@ -24,23 +23,18 @@ def fetch_deb(package: str, version: str, *, sha256: str, into: Path) -> Path:
             downloaded or placed by hand, is not the expected one.
     """
     target = into / f"{package}_{version}_all.deb"
-    if target.exists():
-        if sha256_of(target) != sha256:
-            raise ValueError(f"{target} is not Debian's file of that name (wrong SHA-256): delete it")
-        return target
-    into.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=into, prefix=".download-") as scratch:
-        _download(f"{package}={version}", Path(scratch))
-        found = Path(scratch) / target.name
+
+    def fetch(scratch: Path) -> Path:
+        _download(f"{package}={version}", scratch)
+        found = scratch / target.name
         if not found.exists():
             raise ValueError(
                 f"Could not download {target.name} with apt-get: get that file from a Debian mirror "
                 f"(pool/main/{package[0]}/{package}/) and place it at {target}"
             )
-        if sha256_of(found) != sha256:
-            raise ValueError(f"the downloaded {target.name} has the wrong SHA-256: nothing was kept")
-        found.replace(target)
-    return target
+        return found
+
+    return fetch_once(target, sha256=sha256, origin="Debian", fetch=fetch)
 
 
 def members(deb: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:

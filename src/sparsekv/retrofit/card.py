@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sparsekv.markdown import table
 from sparsekv.modeling.adapter import AdapterConfig
 from sparsekv.retrofit.config import RetrofitConfig
 from sparsekv.retrofit.data_config import describe_data
@@ -26,7 +27,8 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
         "## Offsets\n\n"
         f"Measured on {adapter.calibration['rows']} held-out texts of {adapter.calibration['length']} tokens, the "
         "window counted. Shorter texts hold a larger share, longer ones a smaller.\n\n"
-        + _table(["offset", "ratio"], [[f"{o:+.3f}", f"{r:.3f}"] for o, r in adapter.offsets]),
+        + table(["offset", "ratio"], [[f"{o:+.3f}", f"{r:.3f}"] for o, r in adapter.offsets])
+        + "\n",
     ]
     if results is not None:
         parts.append(_evaluation(results))
@@ -78,14 +80,10 @@ def _evaluation(results: dict[str, Any]) -> str:
         "it does not. Nothing that is measured was trained on"
         + ("; each text has an offset of its own to the same ratio" if used["same_ratio"] else "")
         + ".\n\n"
-        + _table(header, rows)
+        + table(header, rows)
+        + "\n"
     )
 
 
 def _over_dense(text: dict[str, Any]) -> str:
     return f"{text['perplexity'] / text['perplexity_dense'] - 1:+.2%}"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

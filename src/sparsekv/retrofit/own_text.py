@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from sparsekv.modeling.fetched import cache_folder, documents_once
 from sparsekv.modeling.load import load_model
-from sparsekv.modeling.wheels import cache_folder
 from sparsekv.retrofit.data_config import Source
 
 BATCH = 32
@@ -25,14 +25,7 @@ def own_text(model: str, source: Source, *, seed: int) -> list[str]:
     settings = asdict(source) | {"model": model, "seed": seed}
     del settings["weight"]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    cached = cache_folder() / "own" / f"{digest}.json"
-    if not cached.exists():
-        texts = _write(model, source, seed)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(".partial")
-        partial.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
-        partial.replace(cached)
-    return json.loads(cached.read_text(encoding="utf-8"))
+    return documents_once(cache_folder() / "own" / f"{digest}.json", lambda: _write(model, source, seed))
 
 
 @torch.no_grad()

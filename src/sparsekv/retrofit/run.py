@@ -9,7 +9,6 @@ stopped goes on where it was.
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from sparsekv.evals.evaluate import Point, Score, describe, evaluate
 from sparsekv.modeling.adapter import CONFIG_FILE, read_adapter
 from sparsekv.modeling.attach import attach
 from sparsekv.modeling.load import load_model, load_tokenizer
+from sparsekv.provenance import commit
 from sparsekv.retrofit.calibrate import fill_table
 from sparsekv.retrofit.card import model_card
 from sparsekv.retrofit.checkpoint import CHECKPOINTS, told
@@ -114,9 +114,7 @@ def prepare_output(config: RetrofitConfig) -> Path:
 def load_for_training(config: RetrofitConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model, attached, and its tokenizer: bfloat16 on a GPU where the base is frozen, else float32. Raises
     ValueError as load_model does."""
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    frozen = config.trainable != "all"
-    dtype = torch.bfloat16 if on_gpu and frozen else torch.float32
+    dtype = torch.float32 if config.trainable == "all" else dtype_of(config)
     model, tokenizer = load_model(config.model, device=device_of(config), dtype=dtype)
     attach(model, policy="dms", window=config.window, lag=config.lag, neuron=neuron_source(config))
     return model, tokenizer
@@ -141,9 +139,8 @@ def load_teacher(config: RetrofitConfig, tokenizer: PreTrainedTokenizerBase) -> 
 
 def load_result(config: RetrofitConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """What the run has made, as its user will load it: the base or the trained model, with the adapter attached."""
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
     name = str(Path(config.output) / MODEL_FOLDER) if config.trainable == "all" else config.model
-    model, tokenizer = load_model(name, device=device_of(config), dtype=torch.bfloat16 if on_gpu else torch.float32)
+    model, tokenizer = load_model(name, device=device_of(config), dtype=dtype_of(config))
     attach(model, adapter=config.output)
     return model, tokenizer
 
@@ -152,14 +149,18 @@ def load_reference(config: RetrofitConfig) -> PreTrainedModel | None:
     """What an evaluation compares with where all weights were trained: the base model. Else None."""
     if config.trainable != "all":
         return None
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    return load_model(config.model, device=device_of(config), dtype=dtype)[0]
+    return load_model(config.model, device=device_of(config), dtype=dtype_of(config))[0]
 
 
 def device_of(config: RetrofitConfig) -> str | None:
     """As load_model takes it."""
     return None if config.device == "auto" else config.device
+
+
+def dtype_of(config: RetrofitConfig) -> torch.dtype:
+    """Of weights that are not trained: bfloat16 on a GPU, else float32."""
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    return torch.bfloat16 if on_gpu else torch.float32
 
 
 def device_name(model: PreTrainedModel) -> str:
@@ -236,11 +237,4 @@ def _evaluate(
 
 def provenance(model: PreTrainedModel, config: RetrofitConfig) -> dict[str, Any]:
     """Where numbers come from: hardware, torch, and this repository's commit."""
-    root = Path(__file__).parents[3]
-    commit = config.commit
-    if commit is None and (root / ".git").exists() and shutil.which("git"):
-        found = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
-        commit = found.stdout.strip() or None
-    return {"hardware": device_name(model), "torch": torch.__version__, "commit": commit}
+    return {"hardware": device_name(model), "torch": torch.__version__, "commit": config.commit or commit()}

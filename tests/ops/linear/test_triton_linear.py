@@ -7,11 +7,11 @@ from sparsekv.ops.linear import linear, workspace_for
 from sparsekv.ops.linear.triton import TICKETS, LinearConfig
 
 CUTS = [
-    LinearConfig(outputs=16, inputs=32, programs=1),
-    LinearConfig(outputs=16, inputs=32, programs=5),
-    LinearConfig(outputs=32, inputs=16, programs=3),
+    LinearConfig(outputs=16, inputs=32, programs=2),
+    LinearConfig(outputs=16, inputs=32, programs=10),
+    LinearConfig(outputs=32, inputs=16, programs=6),
 ]
-"""Of the interpreter's two processors: whole tiles, tiles in pieces, and programs with several of both."""
+"""Of the interpreter's one processor: whole tiles, tiles in pieces, and programs with several of both."""
 
 
 def _errors(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> tuple[float, float]:

@@ -13,12 +13,14 @@ import yaml
 import sparsekv
 import tiny
 from helpers import tiny_model
+from sparsekv.markdown import markers
 from sparsekv.retrofit.ablations.__main__ import STUDY, main
 from sparsekv.retrofit.ablations.controls import CONTROLS
-from sparsekv.retrofit.ablations.report import BEGIN, END
+from sparsekv.retrofit.ablations.report import BLOCK
 from sparsekv.retrofit.ablations.study import load_study, merged
 from sparsekv.retrofit.config import RetrofitConfig
 
+BEGIN, END = markers(BLOCK)
 ROOT = Path(__file__).parents[3]
 RUNS = {
     "base": {"family": [2]},

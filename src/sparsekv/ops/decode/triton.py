@@ -13,13 +13,13 @@ Scores are in base 2: x = scale * log2(e) * q . k.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsekv.ops.device import processors
 from sparsekv.ops.dots import dot_type
 from sparsekv.ops.launch import dependent, follow, take_turn
 from sparsekv.ops.layout import LayerPages
@@ -86,7 +86,7 @@ def decode(
     weights = None if longest is None else torch.empty(*q.shape[:2], longest, dtype=torch.float32, device=q.device)
     if heads == 0:
         return out, lse, weights
-    programs = config.programs * _processors(q.device)
+    programs = config.programs * processors(q.device)
     scratch = torch.empty(2 * programs * group * (dim + 1), dtype=torch.float32, device=q.device)
     tickets = torch.zeros_like(lengths) if layer.tickets is None else layer.tickets
     shape = {
@@ -113,11 +113,6 @@ def decode(
         grid = (heads, triton.cdiv(longest, config.block))
         _weigh[grid](q, layer.kv, pages, lengths, rows, lse, weights, scale, longest, columns, **shape)
     return out, lse, weights
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _registers(config: DecodeConfig) -> int:

@@ -1,9 +1,10 @@
 """How the kernels of gate.triton are cut: a fixed table by head size, none of it by length."""
 
 from dataclasses import astuple, dataclass
-from functools import cache
 
 import torch
+
+from sparsekv.ops.device import shared_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +75,6 @@ def config_of(dim: int, dtype: torch.dtype, *, device: torch.device) -> GateConf
     """The configuration for a head size and a type."""
     if dtype == torch.float32:
         return _EXACT
-    if _shared_memory(device) < H100_BYTES:
+    if shared_memory(device) < H100_BYTES:
         return _SMALL
     return next(config for size, config in _TABLE.items() if dim <= size)
-
-
-@cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes a program may use."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**20

@@ -13,13 +13,13 @@ the L2 cache for its first weights, which depend on nothing, and only then waits
 # pyright: reportCallIssue=false, reportOperatorIssue=false
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsekv.ops.device import processors
 from sparsekv.ops.dots import dot_type
 from sparsekv.ops.launch import dependent, follow, take_turn
 
@@ -49,7 +49,7 @@ class LinearConfig:
 
 def config_of(tokens: int, outputs: int, device: torch.device) -> LinearConfig:
     """As tuned on an H100: many small programs where there are tiles for all, else one with many stages in flight."""
-    if tokens <= 16 and outputs >= 2 * 64 * _processors(device):
+    if tokens <= 16 and outputs >= 2 * 64 * processors(device):
         return LinearConfig()
     return LinearConfig(stages=9 if tokens <= 16 else 6, programs=1)
 
@@ -75,7 +75,7 @@ def linear(x: Tensor, weight: Tensor, workspace: Tensor, config: LinearConfig | 
     tiles = triton.cdiv(len(weight), config.outputs)
     out = torch.empty(tokens, len(weight), dtype=x.dtype, device=x.device)
     steps = triton.cdiv(size, config.inputs)
-    share = triton.cdiv(tiles * steps, config.programs * _processors(x.device))
+    share = triton.cdiv(tiles * steps, config.programs * processors(x.device))
     programs = triton.cdiv(tiles * steps, share)
     tickets, scratch = workspace[:TICKETS], workspace[TICKETS:].view(torch.float32)
     assert tiles <= TICKETS and 2 * programs * config.outputs * padded <= SCRATCH, "the workspace is too small"
@@ -92,11 +92,6 @@ def linear(x: Tensor, weight: Tensor, workspace: Tensor, config: LinearConfig | 
 def workspace(device: torch.device) -> Tensor:
     """int32, zero where tickets are. Products that share one must follow each other in one stream."""
     return torch.zeros(TICKETS + SCRATCH, dtype=torch.int32, device=device)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @triton.jit

@@ -14,7 +14,6 @@ Positions count from the chunk's first token. Nothing here waits for the device,
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsekv.ops.device import shared_memory
 from sparsekv.ops.dots import dot_type
 from sparsekv.ops.layout import Batch, LayerPages
 from sparsekv.ops.prefill.compact import aligned, index_ring, pack_kept, strides
@@ -66,7 +66,7 @@ def config_of(dim: int, dtype: torch.dtype, group: int, *, device: torch.device)
         return PrefillConfig(rows=max(32, _power_of_2(group)), keys=32, slots=32, warps=4)
     rows = max(128, _power_of_2(group))
     for keys, stages in ((64, 4), (64, 3), (64, 2), (32, 2)):
-        if (rows + 2 * stages * keys) * _power_of_2(dim) * dtype.itemsize + 4096 <= _shared_memory(device):
+        if (rows + 2 * stages * keys) * _power_of_2(dim) * dtype.itemsize + 4096 <= shared_memory(device):
             break
     return PrefillConfig(rows=rows, keys=keys, slots=keys, stages=stages)
 
@@ -140,12 +140,6 @@ def prefill(
 
 def _power_of_2(least: int) -> int:
     return 1 << (least - 1).bit_length()
-
-
-@cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes a program may use."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**20
 
 
 @triton.jit

@@ -9,9 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sparsekv.markdown import replaced, table
 from sparsekv.retrofit.ablations.study import Picture, Study
 
-BEGIN, END = "<!-- ablations:begin -->", "<!-- ablations:end -->"
+BLOCK = "ablations"
 HEAD = ("run", "point", "ratio", "perplexity", "other domains", "divergence", "retrieval kept")
 
 Line = dict[str, Any]
@@ -25,11 +26,9 @@ def write_page(results: Path, page: Path, *, study: Study, images: Path | None =
     images = page.parent / "img" if images is None else images
     try:
         lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-        text = page.read_text(encoding="utf-8")
+        replaced(page, "", name=BLOCK)  # refuses the page before anything is drawn
     except OSError as error:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}") from None
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{page} needs {BEGIN} and then {END}, once each")
     images.mkdir(parents=True, exist_ok=True)
     parts = [_origin(lines)]
     for picture in study.pictures:
@@ -39,9 +38,8 @@ def write_page(results: Path, page: Path, *, study: Study, images: Path | None =
         target = images / f"ablations-{picture.name}.png"
         draw(picture, shown, target)
         link = f"![{picture.title}]({Path(os.path.relpath(target, page.parent)).as_posix()})"
-        parts += [f"## {picture.title}", link, _table(HEAD, [_row(line) for line in shown])]
-    block = "\n\n".join(parts)
-    page.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{block}\n{END}{text.split(END)[1]}", encoding="utf-8")
+        parts += [f"## {picture.title}", link, table(HEAD, [_row(line) for line in shown])]
+    page.write_text(replaced(page, "\n\n".join(parts), name=BLOCK), encoding="utf-8")
 
 
 def draw(picture: Picture, lines: list[Line], target: Path) -> None:
@@ -105,8 +103,3 @@ def _origin(lines: list[Line]) -> str:
         return ", ".join(sorted({str(line[key]) for line in lines}))
 
     return f"{listed('hardware')}, torch {listed('torch')}, commit {listed('commit')}, {listed('date')}."
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
