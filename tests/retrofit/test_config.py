@@ -49,6 +49,7 @@ def test_overrides_win_and_reach_inside(tmp_path: Path) -> None:
         ("granularity=token", "granularity is 'token'; use one of head, layer"),
         ("pull=hard", "pull is 'hard'; use one of hinge_mean, hinge_sum, bernoulli_kl"),
         ("hold=low", "hold is 'low'; use one of max, random"),
+        ("decay_steps=-1", "decay_steps is -1; use 0 or more"),
         ("hold_steps=-1", "hold_steps is -1; use 0 or more"),
         ("family=[2, 9]", r"family has \[9\.0\]; the run passes ratios above 1 up to 8"),
         ("stall_steps=0", "stall_steps is 0; use at least 1"),

@@ -99,6 +99,23 @@ def test_the_whole_divergence_has_the_gradient_of_plain_autograd(configure: Conf
         assert torch.allclose(ours[name], p.grad, atol=1e-6, rtol=1e-4), name
 
 
+@pytest.mark.parametrize(("decay_steps", "last"), [(0, [1, 1, 1, 1, 1, 1]), (4, [1, 1, 1, 0.75, 0.5, 0.25])])
+def test_the_learning_rates_fall_over_the_last_steps(configure: Configure, decay_steps: int, last: list[float]) -> None:
+    config = configure(trainable="lora", decay_steps=decay_steps)
+    with trainer_of(config) as trainer:
+        seen = []
+        step = trainer.training_step
+
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            seen.append([group["lr"] for group in trainer.optimizer.param_groups])
+            return step(*args, **kwargs)
+
+        trainer.training_step = spy
+        trainer.train()
+    for rate, rates in zip([config.lr, config.rate], zip(*seen, strict=True), strict=True):
+        assert list(rates) == pytest.approx([rate * share for share in last])
+
+
 def test_a_strong_pull_moves_the_ratio(configure: Configure) -> None:
     _, metrics = trained(configure(lr=0.6, steps_per_cr=1, max_cr=16, save_every=100))
     assert metrics[-1]["fraction"] > 0.4 > 0.05 > metrics[0]["fraction"]
@@ -106,8 +123,8 @@ def test_a_strong_pull_moves_the_ratio(configure: Configure) -> None:
 
 @pytest.mark.parametrize("trainable", ["heads", "lora", "all"])
 def test_a_killed_run_goes_on_as_if_undisturbed(configure: Configure, tmp_path: Path, trainable: str) -> None:
-    _, whole = trained(configure(output=str(tmp_path / "whole"), trainable=trainable))
-    config = configure(output=str(tmp_path / "killed"), trainable=trainable)
+    _, whole = trained(configure(output=str(tmp_path / "whole"), trainable=trainable, decay_steps=4))
+    config = configure(output=str(tmp_path / "killed"), trainable=trainable, decay_steps=4)
 
     class Killed(Exception):
         pass

@@ -117,6 +117,8 @@ class RetrofitConfig:
     """Steps after the schedule has reached max_cr."""
     hold: str = "max"
     """Their target. max: max_cr; random: a fraction of marks drawn anew for each step, the logits shifted to it."""
+    decay_steps: int = 0
+    """Steps over which the learning rates fall to nothing, the last of the run."""
     max_steps: int | None = None
     family: list[float] = field(default_factory=list)
     """Ratios to save on the way, as cr2/, cr3/ ... in the output folder."""
@@ -180,7 +182,8 @@ class RetrofitConfig:
         )
         check_data(self.data, length=self.length)
         _need(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "beta1 and beta2 lie between 0 and 1")
-        _need(self.hold_steps >= 0, f"hold_steps is {self.hold_steps}; use 0 or more")
+        for name in ("hold_steps", "decay_steps"):
+            _need(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; use 0 or more")
         _need(self.batch % self.accumulate == 0, f"batch is {self.batch}; accumulate {self.accumulate} must divide it")
         beyond = [ratio for ratio in self.family if not 1 < ratio <= self.final_cr]
         _need(not beyond, f"family has {beyond}; the run passes ratios above 1 up to {self.final_cr:g}")

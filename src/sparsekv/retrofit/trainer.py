@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import SequentialSampler
 from transformers import (
     PreTrainedModel,
@@ -23,6 +24,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import SCHEDULER_NAME
 
 from sparsekv.dms import NeuronSource
 from sparsekv.modeling import modes
@@ -158,7 +160,8 @@ class RetrofitTrainer(Trainer):
             per_device_train_batch_size=config.batch // self.parts,
             gradient_accumulation_steps=config.accumulate,
             learning_rate=config.lr,
-            lr_scheduler_type="constant",
+            lr_scheduler_type="warmup_stable_decay",
+            lr_scheduler_kwargs={"num_decay_steps": min(config.decay_steps, config.steps), "decay_type": "linear"},
             adam_beta1=config.beta1,
             adam_beta2=config.beta2,
             weight_decay=0.0,
@@ -288,6 +291,8 @@ class RetrofitTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         checkpoints.save(self.distillation, self._inner_optimizer(), Path(output_dir))
+        if self.args.should_save:
+            torch.save(self._scheduler().state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with checkpoints.told(Path(self.retrofit.output)):
@@ -299,6 +304,11 @@ class RetrofitTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             checkpoints.load(self.distillation, self._inner_optimizer(), Path(checkpoint))
+            self._scheduler().load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME))
+
+    def _scheduler(self) -> LRScheduler:
+        scheduler: Any = self.lr_scheduler  # Trainer's type admits those of other libraries
+        return scheduler
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper has it as an attribute

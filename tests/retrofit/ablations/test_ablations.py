@@ -118,7 +118,7 @@ def test_sections_are_merged_key_by_key() -> None:
 def test_the_committed_study_loads_and_every_run_is_shown() -> None:
     study = load_study(ROOT / STUDY)
     assert {name for picture in study.pictures for name in picture.runs} == set(study.runs)
-    assert study.runs["only to 2, as long"].config.steps == study.runs["base"].config.steps == 175
+    assert study.runs["only to 2"].config.steps == study.runs["base"].config.steps == 175
     assert study.runs["immediate eviction"].config.evaluation.through == "mask"
 
 
