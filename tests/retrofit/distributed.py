@@ -26,4 +26,6 @@ if __name__ == "__main__":
         run(config)
     else:
         model, _ = trained(config)
-        assert all(isinstance(p, DTensor) == sharded for p in model.parameters())
+        assert config.tensor_parallel > 1 or all(isinstance(p, DTensor) == sharded for p in model.parameters())
+    assert PartialState().num_processes == 2
+    PartialState().destroy_process_group()

@@ -53,6 +53,7 @@ def test_overrides_win_and_reach_inside(tmp_path: Path) -> None:
         ("hold_steps=-1", "hold_steps is -1; use 0 or more"),
         ("family=[2, 9]", r"family has \[9\.0\]; the run passes ratios above 1 up to 8"),
         ("stall_steps=0", "stall_steps is 0; use at least 1"),
+        ("tensor_parallel=0", "tensor_parallel is 0; use at least 1"),
         ("gradient_checkpointing=2", "gradient_checkpointing is 2; it is true or false"),
         ("lr=true", "lr is True; it is a number"),
         ("max_cr=0.5", "max_cr is 0.5; a ratio is tokens seen over tokens held"),

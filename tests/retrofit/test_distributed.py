@@ -1,7 +1,8 @@
-"""Two processes, replicas or shards of the weights (FSDP2), give the losses of one."""
+"""Two processes, replicas, shards of the weights (FSDP2) or halves of the model, give the losses of one."""
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,33 +10,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import Qwen3Config, StableLmConfig
 
 from retrofitting import Configure, trained
-from sparsekv.modeling.adapter import read_adapter
+from sparsekv.modeling.adapter import HEAD, PREFIX, read_adapter
+from sparsekv.retrofit.checkpoint import CHECKPOINTS
 from sparsekv.retrofit.config import RetrofitConfig, save_config
+from sparsekv.retrofit.run import check_processes, run
 
 SCRIPT = Path(__file__).parent / "distributed.py"
 FSDP2 = Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp2.yaml"
 
 
 def start(config: RetrofitConfig, folder: Path, *, fsdp: bool, what: str) -> list[dict[str, Any]]:
-    """The metrics of two processes by `accelerate launch`."""
+    """The metrics of two processes: by `accelerate launch`, or by torchrun, since accelerate starts one on a CPU."""
     folder.mkdir()
     save_config(config, folder / "run.yaml")
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    settings = yaml.safe_load(FSDP2.read_text())
-    if not fsdp:
-        settings |= {"distributed_type": "MULTI_CPU"}
-        del settings["fsdp_config"]
-    settings |= {"num_processes": 2, "use_cpu": True, "main_process_port": port}
+    settings = yaml.safe_load(FSDP2.read_text()) | {"num_processes": 2, "use_cpu": True, "main_process_port": port}
     (folder / "launch.yaml").write_text(yaml.safe_dump(settings))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    if fsdp:
+        launcher = ["accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
     done = subprocess.run(
-        [*command, str(SCRIPT), str(folder / "run.yaml"), what],
+        [sys.executable, "-m", *launcher, str(SCRIPT), str(folder / "run.yaml"), what],
         env=environment,
         capture_output=True,
         text=True,
@@ -73,3 +76,56 @@ def test_two_shards_give_the_losses_of_one_which_can_go_on_for_them(
     _, resumed = trained(configure(output=two, **changes))
     same(resumed, alone)
     assert resumed[:2] == together
+
+
+def test_two_halves_of_a_model_give_the_losses_and_the_heads_of_one_and_take_turns_with_it(
+    configure: Configure, tmp_path: Path
+) -> None:
+    def killed_at_step_4(config: RetrofitConfig) -> RetrofitConfig:
+        shutil.rmtree(Path(config.output) / CHECKPOINTS / "checkpoint-6")
+        return config
+
+    changes = CHANGES | {"max_steps": 6}
+    one, two = ({**changes, "output": str(tmp_path / name)} for name in ("one", "two"))
+    model, alone = trained(configure(**one))
+    same(start(configure(**two, tensor_parallel=2), tmp_path / "first", fsdp=False, what="train"), alone)
+    run(killed_at_step_4(configure(**two)), say=print)
+    goes_on = killed_at_step_4(configure(**one, tensor_parallel=2, gradient_checkpointing=True))
+    same(start(goes_on, tmp_path / "second", fsdp=False, what="run"), alone)
+    heads = {PREFIX + name: p.detach() for name, p in model.named_parameters() if f".{HEAD}." in name}
+    (ours, by_two), (theirs, by_one) = read_adapter(one["output"]), read_adapter(two["output"])
+    for made in (by_one, by_two):
+        torch.testing.assert_close(made, heads, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(ours.offsets), torch.tensor(theirs.offsets), rtol=0, atol=0.01)
+    assert set(ours.to_dict()) == set(theirs.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "message"),
+    [
+        ({}, 1, "tensor_parallel is 2 and the processes are 1: all of them share the model"),
+        ({}, 4, "tensor_parallel is 2 and the processes are 4"),
+        ({"model": "qwen3"}, 2, "tensor_parallel is 2; it must divide the 3 KV heads of .*qwen3"),
+        ({"model": "stablelm"}, 2, "Transformers has no tensor parallel plan for stablelm: use tensor_parallel: 1"),
+        ({"teacher": "qwen3"}, 2, "it must divide the 3 KV heads of .*qwen3"),
+    ],
+)
+def test_a_model_that_the_processes_cannot_share_is_one_sentence(
+    configure: Configure, tmp_path: Path, changes: dict[str, str], processes: int, message: str
+) -> None:
+    Qwen3Config(num_attention_heads=6, num_key_value_heads=3).save_pretrained(tmp_path / "qwen3")
+    StableLmConfig().save_pretrained(tmp_path / "stablelm")
+    named = {key: str(tmp_path / value) for key, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        check_processes(configure(tensor_parallel=2, **named), processes)
+
+
+def test_halves_of_a_model_are_of_a_frozen_one_and_not_of_shards(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_processes(configure(tensor_parallel=2), 2)
+    with pytest.raises(ValueError, match="use trainable: heads, or FSDP to train lora"):
+        configure(tensor_parallel=2, trainable="lora")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="launch them without FSDP's settings"):
+        check_processes(configure(tensor_parallel=2), 2)

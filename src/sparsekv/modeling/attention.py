@@ -13,6 +13,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from sparsekv import dms
 from sparsekv.modeling.packing import packing_of
 from sparsekv.modeling.site import SITE, Site
+from sparsekv.modeling.tensor_parallel import own_heads
 from sparsekv.ops.gate import gate
 from sparsekv.policies import Step
 from sparsekv.policies.dms import DMSPolicy
@@ -123,7 +124,8 @@ def _log_keep(site: Site, step: Step, key: Tensor) -> Tensor | None:
     rows, heads, length = key.shape[:3]
 
     def by_sequence(x: Tensor) -> Tensor:
-        return dms.align(x.view(rows, length, heads).transpose(1, 2), site.policy.lag, fill=0)
+        aligned = dms.align(x.view(rows, length, -1).transpose(1, 2), site.policy.lag, fill=0)
+        return own_heads(aligned, heads)
 
     gates = site.attachment.gates
     if gates is not None and isinstance(site.policy, DMSPolicy):

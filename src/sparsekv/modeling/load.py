@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from sparsekv.modeling.embedded import resolve_model
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype | str | None = None, device: str | None = None
+    name: str, *, dtype: torch.dtype | str | None = None, device: str | None = None, tensor_parallel: int = 1
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """In evaluation mode. device: None = the GPU if there is one. dtype: None = float32 on the CPU, elsewhere the
-    model's own.
+    model's own. tensor_parallel: so many processes, all there are, call this together and share the model.
 
     Raises ValueError where there is no such model, or no such device.
     """
@@ -23,9 +24,10 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else "auto"
+    shared = {} if tensor_parallel == 1 else {"distributed_config": DistributedConfig(tp_size=tensor_parallel)}
     with _named(name):
-        model: Any = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype)
-    return model.to(device).eval(), load_tokenizer(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype, **shared)
+    return (model if shared else model.to(device)).eval(), load_tokenizer(name)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

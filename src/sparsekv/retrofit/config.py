@@ -126,6 +126,8 @@ class RetrofitConfig:
     """Rows of an optimiser step, over all processes."""
     accumulate: int = 1
     """Parts that a process computes its rows in, one after the other."""
+    tensor_parallel: int = 1
+    """Processes that share one model, each with its part of every layer: 1, or all there are."""
     gradient_checkpointing: bool = False
     """Layers are computed again in the backward: less memory, a third more time."""
     length: int = 2048
@@ -181,6 +183,10 @@ class RetrofitConfig:
             f"length is {self.length} and window {self.window}: rows must be more than twice the window to learn from",
         )
         check_data(self.data, length=self.length)
+        _need(
+            self.tensor_parallel == 1 or self.trainable == "heads",
+            f"tensor_parallel shares a base that is frozen: use trainable: heads, or FSDP to train {self.trainable}",
+        )
         _need(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "beta1 and beta2 lie between 0 and 1")
         for name in ("hold_steps", "decay_steps"):
             _need(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; use 0 or more")
@@ -190,7 +196,8 @@ class RetrofitConfig:
         for name in ("tau", "lr", "base_lr", "clip"):
             value = getattr(self, name)
             _need(value is None or value > 0, f"{name} is {value or 0:g}; use more than 0")
-        for name in ("steps_per_cr", "batch", "accumulate", "save_every", "stall_steps", "max_steps"):
+        counts = ("steps_per_cr", "batch", "accumulate", "save_every", "stall_steps", "max_steps", "tensor_parallel")
+        for name in counts:
             value = getattr(self, name)
             _need(value is None or value >= 1, f"{name} is {value}; use at least 1")
 
@@ -221,8 +228,8 @@ class RetrofitConfig:
 
     def training_keys(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that resumes it."""
-        free = {"output", "save_every", "stall_steps", "tensorboard", "accumulate", "gradient_checkpointing"}
-        free |= {"device", "commit", "calibration", "evaluation"}
+        free = {"output", "save_every", "stall_steps", "tensorboard", "accumulate", "tensor_parallel"}
+        free |= {"gradient_checkpointing", "device", "commit", "calibration", "evaluation"}
         return {key: value for key, value in asdict(self).items() if key not in free}
 
 

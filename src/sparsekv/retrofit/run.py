@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv.evals.corpus import Corpus, other_documents
@@ -25,6 +26,7 @@ from sparsekv.evals.evaluate import Point, Score, describe, evaluate
 from sparsekv.modeling.adapter import CONFIG_FILE, read_adapter
 from sparsekv.modeling.attach import attach
 from sparsekv.modeling.load import load_model, load_tokenizer
+from sparsekv.modeling.tensor_parallel import check_shared
 from sparsekv.provenance import commit
 from sparsekv.retrofit.calibrate import fill_table
 from sparsekv.retrofit.card import model_card
@@ -54,6 +56,7 @@ def run(config: RetrofitConfig, *, say: Say = lambda text: print(text, file=sys.
     say = say if processes.is_main_process else lambda text: None
     output = prepare_output(config)
     with processes.main_process_first():  # which downloads what the others find
+        check_processes(config, processes.num_processes)
         documents = read_all(config.data, load_tokenizer(config.model), model=config.model, seed=config.seed)
     held_out = held_out_of(documents)
     trained = (output / CONFIG_FILE).exists()
@@ -62,6 +65,8 @@ def run(config: RetrofitConfig, *, say: Say = lambda text: print(text, file=sys.
         if processes.is_main_process:
             save_config(config, output / CONFIG_COPY)
         _train(documents, config, say=say)
+    processes.wait_for_everyone()
+    processes.destroy_process_group()  # a process that ends within it may be aborted, and the launcher then ends all
     if not processes.is_main_process:
         return output
     model, tokenizer = load_result(config)
@@ -111,11 +116,28 @@ def prepare_output(config: RetrofitConfig) -> Path:
     return output
 
 
+def check_processes(config: RetrofitConfig, processes: int) -> None:
+    """Raises ValueError where the processes cannot share the model as tensor_parallel asks."""
+    if config.tensor_parallel == 1:
+        return
+    if config.tensor_parallel != processes:
+        raise ValueError(
+            f"tensor_parallel is {config.tensor_parallel} and the processes are {processes}: all of them share the "
+            "model, so start as many with `accelerate launch --num_processes`"
+        )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError("tensor_parallel shares the model between all processes: launch them without FSDP's settings")
+    for name in {config.model, config.teacher or config.model}:
+        check_shared(name, processes)
+
+
 def load_for_training(config: RetrofitConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model, attached, and its tokenizer: bfloat16 on a GPU where the base is frozen, else float32. Raises
     ValueError as load_model does."""
     dtype = torch.float32 if config.trainable == "all" else dtype_of(config)
-    model, tokenizer = load_model(config.model, device=device_of(config), dtype=dtype)
+    model, tokenizer = load_model(
+        config.model, device=device_of(config), dtype=dtype, tensor_parallel=config.tensor_parallel
+    )
     attach(model, policy="dms", window=config.window, lag=config.lag, neuron=neuron_source(config))
     return model, tokenizer
 
@@ -128,7 +150,7 @@ def load_teacher(config: RetrofitConfig, tokenizer: PreTrainedTokenizerBase) -> 
     if config.teacher is None and config.trainable != "all":
         return None
     name = config.model if config.teacher is None else config.teacher
-    teacher, theirs = load_model(name, device=device_of(config))
+    teacher, theirs = load_model(name, device=device_of(config), tensor_parallel=config.tensor_parallel)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"the teacher {name} has another vocabulary ({len(theirs)} tokens) than {config.model} ({len(tokenizer)}): "

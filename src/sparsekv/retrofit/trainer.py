@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -144,7 +144,7 @@ class RetrofitTrainer(Trainer):
             raise ValueError("trainable: all needs a second, frozen model as teacher: pass teacher=")
         self.retrofit = config
         on_cpu = next(model.parameters()).device.type == "cpu"
-        processes = PartialState(cpu=on_cpu).num_processes
+        processes = PartialState(cpu=on_cpu).num_processes // config.tensor_parallel
         self.parts = processes * config.accumulate
         if config.batch % self.parts:
             raise ValueError(
@@ -184,7 +184,8 @@ class RetrofitTrainer(Trainer):
                 "CUDA_VISIBLE_DEVICES"
             )
         metrics = MetricsCallback(Path(config.output), progress=progress, tensorboard=config.tensorboard)
-        distillation = Distillation(model, config, teacher=teacher)
+        distillation: Any = Distillation(model, config, teacher=teacher)
+        distillation._is_accelerate_prepared = config.tensor_parallel > 1  # gradients are whole everywhere: no DDP
         super().__init__(model=distillation, args=arguments, train_dataset=rows, callbacks=[metrics, Family(self)])
         self.pop_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
@@ -211,7 +212,8 @@ class RetrofitTrainer(Trainer):
         """inputs: input_ids and, where rows are packed, documents, int64 [B, S] -> the scalar loss."""
         step = self.state.global_step + 1
         target, full = goal(self.retrofit, step)
-        part = len(self._made) * self.args.world_size + self.args.process_index
+        alike = self.retrofit.tensor_parallel
+        part = len(self._made) * (self.args.world_size // alike) + self.args.process_index // alike
         seed = self.retrofit.seed * 1_000_003 + step
         keep = channel_kept(self.retrofit, step)
         draw = Draw(seed=seed, target=target, part=part, parts=self.parts, keep=keep, full=full)
@@ -281,6 +283,13 @@ class RetrofitTrainer(Trainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         assert isinstance(self.train_dataset, Blend)
         return SequentialSampler(self.train_dataset)  # rows are random already, each by its number
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Where processes share a model, all of them read every row."""
+        if self.retrofit.tensor_parallel == 1:
+            return super().get_train_dataloader()
+        rows: Any = self.train_dataset
+        return DataLoader(rows, batch_size=self._train_batch_size, collate_fn=self.data_collator)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: it would walk over all parameters at every step."""
