@@ -7,6 +7,7 @@ from torch import Tensor
 import sparsekv
 from helpers import check_pages, dms_model, oracle_logits, random_heads, tiny_model, tokens
 from sparsekv import SparseCache
+from sparsekv.ops.place import api as place
 from sparsekv.policies import Policy
 
 LENGTH, PAGE = 30, 4
@@ -59,10 +60,13 @@ def test_a_pool_exactly_full_gives_the_same(cuts, lag):
     check_pages(cache.ragged)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("cuts", [[], [13], [13, *range(20, LENGTH)]], ids=["whole", "chunks", "decode"])
 @pytest.mark.parametrize("lag", [0, 1])
-def test_a_pool_one_page_short_is_refused_and_stays_usable(cuts, lag):
-    """The refused forward leaves no trace, whether it is the first, a second chunk or a decode step."""
+def test_a_pool_one_page_short_is_refused_and_stays_usable(cuts, lag, backend, monkeypatch):
+    """The refused forward leaves no trace, whether it is the first, a second chunk or a decode step; nor do kernels,
+    which notice a shortage only when they have written what fitted."""
+    monkeypatch.setattr(place, "check_backend", lambda *args: backend)
     model, ids = dms_model(lag=lag), tokens(2, LENGTH)
     pages = needed(model, ids, cuts)
     cache = cache_of(model, pages - 1)

@@ -144,6 +144,9 @@ class SparseCache(PagedCache):
         )
 
     def _end(self, forward: _Forward, length: int) -> None:
+        """Raises ValueError where kernels, which cannot raise, found too few pages; the forward is taken back."""
+        if forward.rollback is not None and self.ragged.pool.pages_free < 0:
+            raise ValueError(self.ragged.pool.shortage(self._undo()))
         for layer, keep in forward.prunes:
             self.ragged.prune(layer, forward.packing.batch.rows, keep)
         self._forward = None
