@@ -81,6 +81,14 @@ def test_each_run_is_made_once_measured_at_each_ratio_and_shown(study: Path, tmp
     assert text.count("| window 16 |") == 3
     assert "![The window](img/ablations-window.png)" in text
     assert (tmp_path / "img" / "ablations-window.png").stat().st_size > 5000
+    assert "Not in these results" not in text
+
+    some = tmp_path / "some.jsonl"
+    some.write_text("".join(f"{json.dumps(line)}\n" for line in lines if line["run"] != "window 16"))
+    assert main(["report", str(some), str(page), "--study", str(study)]) == 0
+    text = page.read_text()
+    assert "Not in these results: window 16." in text
+    assert "The window" not in text
 
 
 def test_time_is_bounded(study: Path, tmp_path: Path, capsys) -> None:

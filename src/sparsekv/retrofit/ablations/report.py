@@ -30,10 +30,12 @@ def write_page(results: Path, page: Path, *, study: Study, images: Path | None =
     except OSError as error:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}") from None
     images.mkdir(parents=True, exist_ok=True)
-    parts = [_origin(lines)]
+    there = {line["run"] for line in lines}
+    absent = [name for name in study.runs if name not in there]
+    parts = [_origin(lines)] + [f"Not in these results: {', '.join(absent)}."] * bool(absent)
     for picture in study.pictures:
         shown = [line for name in picture.runs for line in lines if line["run"] == name]
-        if not shown:
+        if len(there.intersection(picture.runs)) < 2:  # nothing to compare
             continue
         target = images / f"ablations-{picture.name}.png"
         draw(picture, shown, target)
