@@ -1,7 +1,7 @@
 """Offline batch inference: many prompts of unequal length through one engine, and what each held of its cache.
 
 python examples/offline_batch.py
-python examples/offline_batch.py --adapter adapters/smollm2-135m-dms --cr 4
+python examples/offline_batch.py --adapter adapters/smollm2-135m --cr 4
 """
 
 import argparse

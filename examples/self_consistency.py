@@ -4,7 +4,7 @@ The prompt is prefilled once; the samples fork from it and share its settled pag
 mechanics, not the score.
 
     python examples/self_consistency.py
-    python examples/self_consistency.py --adapter adapters/smollm2-135m-dms --cr 4
+    python examples/self_consistency.py --adapter adapters/smollm2-135m --cr 4
 """
 
 import argparse
