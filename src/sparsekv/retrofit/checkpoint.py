@@ -69,7 +69,9 @@ def told(folder: Path) -> Iterator[None]:
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """What is trained, by name, whole and on the CPU. Every process calls it; only the first gets the tensors."""
     found: dict[str, Any] = get_model_state_dict(model, options=_WHOLE)
-    return found
+    # torch 2.11 leaves out a frozen parameter by one of its names only, and tied ones have two.
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in found.items() if name not in frozen}
 
 
 def newest(output: Path) -> Path | None:
