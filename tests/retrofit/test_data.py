@@ -91,6 +91,28 @@ def test_short_documents_are_packed_and_numbered() -> None:
         assert any(text.startswith(pieces[-1]) for text in short)
 
 
+def test_what_the_model_wrote_is_packed_whatever_its_lengths() -> None:
+    mixed = [tiny.text(count, seed=count) for count in (20, 900, 40)]
+    written = Documents(source=Source(kind="self"), training=mixed, held_out=[])
+    rows = blend([written], TOKENIZER, count=6, length=256, seed=0)
+    assert {int(rows[i]["documents"].max()) for i in range(6)} > {0}
+    starts = [TOKENIZER.decode(rows[i]["input_ids"][:6]) for i in range(6)]
+    assert all(any(text.startswith(start) for text in mixed) for start in starts)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "measured"),
+    [(["retrieval", "self", "text"], "text"), (["retrieval", "self"], "self"), (["retrieval"], "retrieval")],
+)
+def test_a_run_is_measured_on_data_before_the_models_own_text_and_retrieval(kinds: list[str], measured: str) -> None:
+    names = {"text": ["memory"], "retrieval": ["memory"]}
+    found = [
+        Documents(source=Source(kind=kind, names=names.get(kind, [])), training=["x"], held_out=[kind])
+        for kind in kinds
+    ]
+    assert held_out(found) == [measured]
+
+
 def test_a_stream_goes_on_where_a_stopped_run_was_and_begins_anew_at_its_end() -> None:
     texts = [tiny.text(60, seed=i) for i in range(20)]
 

@@ -3,11 +3,10 @@
 import logging
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
-from sparsekv.cache.pages import PagePool, human_bytes, parse_bytes
+from sparsekv.cache.pages import PagePool, free_memory, human_bytes, parse_bytes
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.engine.cache import EngineCache
 from sparsekv.engine.config import EngineConfig
@@ -101,8 +100,7 @@ def _bytes(size: int | str | float | None, device: torch.device) -> int:
     if size is None:
         size = GPU_SHARE if device.type == "cuda" else CPU_SHARE
     if isinstance(size, float):
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        return int(free * size)
+        return int(free_memory(device) * size)
     return parse_bytes(size)
 
 

@@ -81,15 +81,16 @@ def load_documents(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """(training, held out) documents of texts by name: one that fetch_text knows, a text file, or a folder of *.txt
     files.
 
-    The last tenth of each text is held out: whole documents, or the end of the only one. Raises ValueError for a text
-    that cannot be read.
+    The last tenth of each text is held out: whole documents, or the last lines of the only one, or where it is one line
+    its last words. Raises ValueError for a text that cannot be read.
     """
     training: list[str] = []
     held_out: list[str] = []
     for name in names:
         documents = _documents(name)
         if len(documents) == 1:
-            cut = documents[0].rfind("\n", 0, int(0.9 * len(documents[0]))) + 1
+            end = int(0.9 * len(documents[0]))
+            cut = documents[0].rfind("\n", 0, end) + 1 or documents[0].rfind(" ", 0, end) + 1
             parts = [documents[0][:cut]], [documents[0][cut:]]
         else:
             parts = split(documents)

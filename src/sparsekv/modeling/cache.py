@@ -7,12 +7,11 @@ was; one that another error interrupts before its last attention layer is taken 
 
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekv.cache.pages import PagePool, human_bytes, parse_bytes
+from sparsekv.cache.pages import PagePool, free_memory, human_bytes, parse_bytes
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.cache.stats import KVStats
 from sparsekv.modeling.attach import attachment_of
@@ -183,7 +182,8 @@ class SparseCache(PagedCache):
         size = self._kv_memory
         if size is None:
             per_head = -(-self.attachment.max_tokens // self._page_size)
-            size = min(rows * len(sites) * heads * per_head * page_bytes, _free_memory(key.device))
+            most = int(SHARE_OF_FREE_MEMORY * free_memory(key.device))
+            size = min(rows * len(sites) * heads * per_head * page_bytes, most)
         if size < page_bytes:
             raise ValueError(f"kv_memory of {human_bytes(size)} holds no page of {human_bytes(page_bytes)}; raise it")
         pool = PagePool(size // page_bytes, page_size=self._page_size, head_dim=dim, dtype=key.dtype, device=key.device)
@@ -236,8 +236,3 @@ class SparseCache(PagedCache):
             index_bytes=ragged.index_bytes(),
             held=ragged.lengths.sum(1).tolist(),
         )
-
-
-def _free_memory(device: torch.device) -> int:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return int(free * SHARE_OF_FREE_MEMORY)

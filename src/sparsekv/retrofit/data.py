@@ -87,7 +87,7 @@ def _rows(found: Documents, tokenizer: PreTrainedTokenizerBase, hay: list[str], 
         if corpus.longest < length:
             corpus = Corpus(["\n\n".join(found.training or hay)], tokenizer)
         return _Retrieval(ItemBuilder(corpus, tokenizer), length)
-    if found.stream is not None or found.chats:
+    if found.stream is not None or found.chats or found.source.kind == "self":  # which ends texts where it likes
         return _Packed(found, tokenizer, length)
     corpus = Corpus(found.training, tokenizer)
     return _Stretches(corpus, length) if corpus.longest >= length else _Packed(found, tokenizer, length)

@@ -60,9 +60,11 @@ def read_all(data: Sequence[Source], tokenizer: PreTrainedTokenizerBase, *, mode
 
 
 def held_out(documents: Sequence[Documents]) -> list[str]:
-    """What measures a run: the held-out documents of its texts, or of retrieval's where there are no others."""
-    texts = [found for found in documents if found.source.kind != "retrieval"] or documents
-    return [text for found in texts for text in found.held_out if text]
+    """What measures a run: the held-out documents of its data, where there are none of what the model wrote itself, and
+    last of retrieval's texts."""
+    own = [found for found in documents if found.source.kind == "self"]
+    others = [found for found in documents if found.source.kind not in ("self", "retrieval")]
+    return [text for found in others or own or documents for text in found.held_out if text]
 
 
 def _halves(documents: list[str]) -> tuple[list[str], list[str]]:

@@ -1,7 +1,7 @@
 """Text that the model writes itself, where there is no data: what it will have to remember is what it writes.
 
-Sampled from the plain model, from given prompts in turn or from random tokens; decided by the seed, and kept on disk by
-what decides it.
+Sampled from the plain model, from given prompts in turn or from random tokens; decided by the seed and how many texts
+the device writes at once, and kept on disk by what is asked for.
 """
 
 import hashlib
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from sparsekv.cache.pages import free_memory
 from sparsekv.modeling.fetched import cache_folder, documents_once
 from sparsekv.modeling.load import load_model
 from sparsekv.retrofit.data_config import Source
 
-BATCH = 32
+ROWS, GPU_ROWS = 32, 256
+"""Texts that are written at once: at most so many on the CPU, and on a GPU, where they take at most a quarter of its
+free memory, since a cache that grows is copied."""
 
 
 def own_text(model: str, source: Source, *, seed: int) -> list[str]:
@@ -34,11 +37,12 @@ def _write(name: str, source: Source, seed: int) -> list[str]:
     model: Any = loaded
     generator = torch.Generator().manual_seed(seed)
     texts: list[str] = []
+    at_once = _rows(model, source.tokens)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         while len(texts) < source.documents:
-            count = min(BATCH, source.documents - len(texts))
+            count = min(at_once, source.documents - len(texts))
             prompts = [
                 source.prompts[(len(texts) + i) % len(source.prompts)] for i in range(count if source.prompts else 0)
             ]
@@ -54,6 +58,15 @@ def _write(name: str, source: Source, seed: int) -> list[str]:
             out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings)
             texts += tokenizer.batch_decode(out, skip_special_tokens=True)
     return texts
+
+
+def _rows(model: Any, tokens: int) -> int:
+    if model.device.type != "cuda":
+        return ROWS
+    config = model.config.get_text_config(decoder=True)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * dim * model.dtype.itemsize * tokens
+    return max(1, min(GPU_ROWS, free_memory(model.device) // (4 * row)))
 
 
 def _starts(prompts: list[str], count: int, tokenizer: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:

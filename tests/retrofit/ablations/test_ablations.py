@@ -36,8 +36,9 @@ def study(configure: Callable[..., RetrofitConfig], folder: Path, tmp_path: Path
     base = asdict(configure(max_steps=2, lr=0.05)) | {"evaluation": EVALUATION}
     base["evaluation"]["other_texts"] = [str(folder / "texts" / "0.txt")]
     pictures = {"window": {"title": "The window", "runs": ["window 16", "base"]}}
+    other_data = {"data": [{"kind": "text", "names": [str(folder / "texts" / f"{i}.txt") for i in range(4)]}]}
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump({"base": base, "runs": RUNS, "pictures": pictures}))
+    path.write_text(yaml.safe_dump({"base": base, "runs": RUNS | {"other data": other_data}, "pictures": pictures}))
     return path
 
 
@@ -56,8 +57,10 @@ def test_each_run_is_made_once_measured_at_each_ratio_and_shown(study: Path, tmp
         *(("shuffled", asked) for asked in (2, 3, None)),
         *(("base", asked) for asked in (2, 3, None)),
         ("on the way", None),
+        *(("other data", asked) for asked in (2, 3, None)),
         *(("window 16", asked) for asked in (2, 3, None)),
     ]
+    assert len({line["perplexity_dense"] for line in lines}) == 1  # all are measured on the same text
     for line in lines:
         assert line["steps"] == 2
         assert line["seed"] == line["config"]["seed"]
@@ -65,8 +68,8 @@ def test_each_run_is_made_once_measured_at_each_ratio_and_shown(study: Path, tmp
             measured = [line["ratio"], *(text["ratio"] for text in line["others"].values())]
             assert measured == pytest.approx([line["asked"]] * 2, rel=0.1)
     assert lines[6]["others"]  # the checkpoint's one line, as it was saved
-    assert lines[7]["changes"] == {"window": 16}
-    assert lines[7]["config"]["window"] == 16
+    assert lines[-1]["changes"] == {"window": 16}
+    assert lines[-1]["config"]["window"] == 16
     before = (out / "ablations.jsonl").read_bytes()
     capsys.readouterr()
     assert main(run) == 0

@@ -77,7 +77,7 @@ def _lines(run: Run, base: Run, out: Path, say: Say) -> list[dict[str, Any]]:
     if not (folder / retrofit.CARD_FILE).exists():
         retrofit.run(config, say=say)
     trained = time.monotonic() - started
-    scores, about = _measure(run, folder, say)
+    scores, about = _measure(run, base, folder, say)
     steps = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
     _free()
     shared = {
@@ -94,8 +94,9 @@ def _lines(run: Run, base: Run, out: Path, say: Say) -> list[dict[str, Any]]:
     return [shared | {"point": "end" if score["asked"] is None else "dialled", **score} for score in scores]
 
 
-def _measure(run: Run, folder: Path, say: Say) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(scores, dialled and undialled; where they come from). A checkpoint is measured as it was saved."""
+def _measure(run: Run, base: Run, folder: Path, say: Say) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(scores, dialled and undialled; where they come from). A checkpoint is measured as it was saved. The text is what
+    the base's data hold out, and other texts, or of those that the run trained on, what they hold out."""
     config, settings = run.config, run.config.evaluation
     assert settings is not None
     reach = read_adapter(folder)[0].max_cr * 1.05
@@ -108,7 +109,7 @@ def _measure(run: Run, folder: Path, say: Say) -> tuple[list[dict[str, Any]], di
     scores = evaluate(
         model,
         tokenizer,
-        documents=held_out(read_all(config.data, tokenizer, model=config.model, seed=config.seed)),
+        documents=held_out(read_all(base.config.data, tokenizer, model=config.model, seed=config.seed)),
         points=[*points, Point(offset=0.0)],
         settings=replace(settings, same_ratio=True),
         others=other_documents(settings.other_texts, trained_on=texts_of(config.data)),
