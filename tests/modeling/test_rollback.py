@@ -271,3 +271,26 @@ def test_cropping():
 def _dms(model):
     sparsekv.attach(model, policy="dms", window=4)
     return model
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_kernels_on_a_gpu_leave_no_token_out_where_the_pool_is_short(chunks):
+    model = tiny_model(head_dim=16, max_position_embeddings=512, dtype=torch.bfloat16)
+    sparsekv.attach(model, policy="dms", window=16)
+    model, ids = random_heads(model).cuda(), tokens(2, 256).cuda()
+    parts = list(ids.chunk(chunks, dim=1))
+    expected = SparseCache(model)
+    whole = run(model, ids, [] if chunks == 1 else [128], expected)
+    short = SparseCache(model, kv_memory=expected.stats().bytes - expected.ragged.pool.page_bytes)
+    for part in parts[:-1]:
+        run(model, part, [], short)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the KV pool is full"):
+            run(model, parts[-1], [], short)
+    assert short.get_seq_length() == 256 - parts[-1].shape[1]
+    assert short.ragged.pool.pages_free >= 0
+    full = SparseCache(model, kv_memory=expected.stats().bytes)
+    again = run(model, ids, [] if chunks == 1 else [128], full)
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    assert full.ragged.pool.pages_free == 0
