@@ -14,12 +14,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsekv.bench.fill import fill, spread_lengths
 from sparsekv.bench.shapes import Shape
-from sparsekv.bench.timing import copy_bandwidth, environment, graph_ms
+from sparsekv.bench.timing import copy_bandwidth, graph_ms
 from sparsekv.cache.pages import PagePool
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.ops.decode import decode
 from sparsekv.ops.layout import batch_of
 from sparsekv.ops.prefill import prefill
+from sparsekv.provenance import environment
 
 L2_BYTES = 128 * 2**20
 """Rotating over inputs of at least this size leaves nothing of one call in the cache for the next."""

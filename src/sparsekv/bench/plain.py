@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv.bench.timing import environment, median
+from sparsekv.bench.timing import median
 from sparsekv.modeling.attach import attach
 from sparsekv.modeling.cache import SparseCache
 from sparsekv.policies import Policy, Step
+from sparsekv.provenance import environment
 
 WINDOW = 64
 

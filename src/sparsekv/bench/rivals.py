@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from sparsekv.bench.shapes import Shape
-from sparsekv.bench.timing import environment, graph_ms, median_ms
+from sparsekv.bench.timing import graph_ms, median_ms
+from sparsekv.provenance import environment
 
 KINDS = ("DynamicCache", "StaticCache")
 

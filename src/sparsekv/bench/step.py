@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsekv.bench.fill import fill, pages_for, spread_lengths
 from sparsekv.bench.shapes import Shape
-from sparsekv.bench.timing import copy_bandwidth, environment, median_ms
+from sparsekv.bench.timing import copy_bandwidth, median_ms
 from sparsekv.cache.pages import PagePool
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.engine.cache import EngineCache
 from sparsekv.engine.graphs import DecodeGraphs, compiled_decode
 from sparsekv.modeling.attach import attach, heads
 from sparsekv.modeling.modes import dense
+from sparsekv.provenance import environment
 
 PAGE_SIZE = 32
 SLACK_STEPS = 256

@@ -1,17 +1,10 @@
 """How benchmarks measure: medians of CUDA-event times of graph replays (wall times on the CPU), and the roofline."""
 
-import platform
-import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-
-from sparsekv import __version__
-from sparsekv.provenance import commit
 
 
 def median(values: list[float]) -> float:
@@ -68,22 +61,3 @@ def copy_bandwidth(device: torch.device) -> float:
     source = torch.empty(size, dtype=torch.uint8, device=device).random_(256)
     target = torch.empty_like(source)
     return 2e3 * size / median_ms(lambda: target.copy_(source), device, repeats=7)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a result must carry: commit, hardware, versions."""
-    return {
-        "commit": commit(),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "sparsekv": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()

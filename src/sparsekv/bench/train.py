@@ -18,12 +18,13 @@ from torch import Tensor
 from sparsekv import dms
 from sparsekv.bench.shapes import Shape
 from sparsekv.bench.step import kernel_times, random_model
-from sparsekv.bench.timing import environment, median_ms
+from sparsekv.bench.timing import median_ms
 from sparsekv.modeling import modes
 from sparsekv.modeling.attach import attach, heads
 from sparsekv.modeling.compiled import compiled_layers
 from sparsekv.modeling.states import SplitModel
 from sparsekv.ops.gate import gate
+from sparsekv.provenance import environment
 from sparsekv.retrofit.distill import marked_fractions
 
 WINDOW = 64

@@ -82,9 +82,9 @@ def measure(
     """The results, JSON-ready: one run per ratio (1 = dense) of an unattached model."""
     import torch
 
-    from sparsekv.bench.timing import environment
     from sparsekv.cli.demo_run import run_task, warm_up
     from sparsekv.modeling.attach import attach, detach
+    from sparsekv.provenance import environment
 
     runs = []
     for ratio in ratios:

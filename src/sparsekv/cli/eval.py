@@ -61,6 +61,7 @@ def command(
         raise ValueError("--cr picks a ratio of a trained adapter: pass --adapter too, or --policy with --budget")
     from sparsekv.evals.corpus import load_documents, other_documents
     from sparsekv.evals.evaluate import Score, describe, evaluate
+    from sparsekv.provenance import environment
 
     points = _points(adapter, settings.ratios)
     loaded, tokenizer = open_model(model)
@@ -76,7 +77,8 @@ def command(
     )
     if as_json:
         values = [score.to_dict() for score in scores]
-        typer.echo(json.dumps({"model": model, "text": text, "settings": asdict(settings), "scores": values}))
+        about = {"model": model, "adapter": adapter, "text": text, "settings": asdict(settings), "seed": seed}
+        typer.echo(json.dumps(about | environment(loaded.device) | {"scores": values}))
         return
     if len(scores) < len(points):
         typer.echo(f"{len(points) - len(scores)} ratios were left out: the {seconds:g} seconds were over", err=True)

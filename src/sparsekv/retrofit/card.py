@@ -63,7 +63,7 @@ def _evaluation(results: dict[str, Any]) -> str:
         row = [
             f"{score['ratio']:.2f}",
             f"{score['perplexity']:.3f}",
-            *(_over_dense(text) for text in (score, *(score["others"][name] for name in others))),
+            *(_over_dense(text, score) for text in (score, *(score["others"][name] for name in others))),
             f"{score['divergence']:.4f}",
             f"{score['agreement']:.1%}",
         ]
@@ -79,11 +79,15 @@ def _evaluation(results: dict[str, Any]) -> str:
         f"{results['date']}). Pass-keys are in a template that training uses, unseen facts in templates and words that "
         "it does not. Nothing that is measured was trained on"
         + ("; each text has an offset of its own to the same ratio" if used["same_ratio"] else "")
+        + ("; longer rows have the offset of the shorter, and so another ratio" if used["long_lengths"] else "")
         + ".\n\n"
         + table(header, rows)
         + "\n"
     )
 
 
-def _over_dense(text: dict[str, Any]) -> str:
-    return f"{text['perplexity'] / text['perplexity_dense'] - 1:+.2%}"
+def _over_dense(text: dict[str, Any], score: dict[str, Any]) -> str:
+    """The rise of perplexity, with the ratio where it is another than the score's."""
+    rise = f"{text['perplexity'] / text['perplexity_dense'] - 1:+.2%}"
+    same = abs(text["ratio"] / score["ratio"] - 1) < 0.02
+    return rise if same else f"{rise} at {text['ratio']:.2f}"

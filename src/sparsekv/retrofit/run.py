@@ -27,7 +27,7 @@ from sparsekv.modeling.adapter import CONFIG_FILE, read_adapter
 from sparsekv.modeling.attach import attach
 from sparsekv.modeling.load import load_model, load_tokenizer
 from sparsekv.modeling.tensor_parallel import check_shared
-from sparsekv.provenance import commit
+from sparsekv.provenance import environment
 from sparsekv.retrofit.calibrate import fill_table
 from sparsekv.retrofit.card import model_card
 from sparsekv.retrofit.checkpoint import CHECKPOINTS, told
@@ -185,16 +185,10 @@ def dtype_of(config: RetrofitConfig) -> torch.dtype:
     return torch.bfloat16 if on_gpu else torch.float32
 
 
-def device_name(model: PreTrainedModel) -> str:
-    """Of the device that holds the model, for logs and cards."""
-    device = next(model.parameters()).device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 def _train(documents: list[Documents], config: RetrofitConfig, *, say: Say) -> None:
     model, tokenizer = load_for_training(config)
     teacher = load_teacher(config, tokenizer)
-    say(f"Training {config.steps} steps to ratio {config.final_cr:g} on {device_name(model)}")
+    say(f"Training {config.steps} steps to ratio {config.final_cr:g} on {provenance(model, config)['hardware']}")
     rows = blend(documents, tokenizer, count=config.steps * config.batch, length=config.length, seed=config.seed)
     weights = train(model, rows, config, teacher=teacher, progress=PartialState().is_main_process)
     if not PartialState().is_main_process:
@@ -259,4 +253,5 @@ def _evaluate(
 
 def provenance(model: PreTrainedModel, config: RetrofitConfig) -> dict[str, Any]:
     """Where numbers come from: hardware, torch, and this repository's commit."""
-    return {"hardware": device_name(model), "torch": torch.__version__, "commit": config.commit or commit()}
+    found = environment(model.device)
+    return {"hardware": found["hardware"], "torch": found["torch"], "commit": config.commit or found["commit"]}
