@@ -2,7 +2,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 PYTHON ?= python3
 
-.PHONY: install demo test lint docs bench-cpu
+.PHONY: install demo test test-oldest lint docs bench-cpu
 
 install: $(STAMP)
 
@@ -16,6 +16,14 @@ demo: install
 
 test: install
 	$(VENV)/bin/pytest -n 2
+
+# The oldest versions that pyproject.toml allows. The interpreter of Triton 3.6 needs an older NumPy.
+OLDEST := .venv-oldest
+
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install 'torch==2.11.*' 'transformers==5.17.*' 'triton==3.6.*' 'numpy<2.4' -e '.[dev,train]'
+	$(OLDEST)/bin/pytest -n 2
 
 lint: install
 	$(VENV)/bin/ruff check

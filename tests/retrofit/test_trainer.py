@@ -21,7 +21,7 @@ from sparsekv.retrofit import checkpoint
 from sparsekv.retrofit.data import Blend
 from sparsekv.retrofit.distill import Distillation, Draw, marked_fractions
 from sparsekv.retrofit.metrics import blocks
-from sparsekv.retrofit.trainer import train
+from sparsekv.retrofit.trainer import make_trainable, train
 
 
 def test_steps_move_the_heads_and_only_the_heads(configure: Configure) -> None:
@@ -40,6 +40,15 @@ def test_steps_move_the_heads_and_only_the_heads(configure: Configure) -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(head.weight.any() and head.weight.dtype == torch.float32 for head in sparsekv.heads(model))
     assert not model.training
+
+
+def test_a_frozen_weight_with_two_names_is_not_what_was_trained(configure: Configure) -> None:
+    model = tiny_model(tie_word_embeddings=True)
+    sparsekv.attach(model, policy="dms", window=4)
+    make_trainable(model, configure())
+    with modes.soft(model, tau=0.1):
+        names = set(checkpoint.trained_weights(Distillation(model, configure())))
+    assert names - {"quantiles"} == {"student." + name for name, _ in model.named_parameters() if ".eviction_head." in name}
 
 
 @pytest.mark.parametrize("trainable", ["lora", "all"])

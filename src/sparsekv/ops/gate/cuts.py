@@ -1,6 +1,6 @@
 """How the kernels of gate.triton are cut: a fixed table by head size, none of it by length."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -27,7 +27,8 @@ class GateConfig:
 
     def flat(self) -> list[int]:
         """As a custom op takes it."""
-        return [n for cut in (self.forward, self.by_query, self.by_key) for n in astuple(cut)]
+        cuts = (self.forward, self.by_query, self.by_key)
+        return [n for cut in cuts for n in (cut.queries, cut.keys, cut.warps, cut.stages)]
 
     @staticmethod
     def of(flat: list[int]) -> "GateConfig":
