@@ -183,7 +183,10 @@ def test_the_commands(configure: Configure, tmp_path: Path) -> None:
     shared = [model, "--adapter", output, "--text", text, "--rows", "1", "--length", "128", "--json"]
     table = json.loads(call("calibrate", *shared, "--targets", "1.5,2.5"))["offsets"]
     assert [row["ratio"] for row in table] == pytest.approx([1.5, 2.5], rel=0.1)
-    scores = json.loads(call("eval", *shared, "--cr", "2", "--items", "1", "--contexts", "256"))["scores"]
+    results = json.loads(call("eval", *shared, "--cr", "2", "--items", "1", "--contexts", "256"))
+    assert (results["adapter"], results["settings"]["seed"]) == (output, 0)
+    assert results.keys() >= {"commit", "hardware", "torch"}
+    scores = results["scores"]
     assert scores[0]["asked"] == 2
     assert scores[0]["ratio"] == pytest.approx(2, rel=0.15)
     bad = runner.invoke(app, ["retrofit", str(tmp_path / "run.yaml"), "--set", "window=0"])

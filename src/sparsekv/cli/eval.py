@@ -77,7 +77,7 @@ def command(
     )
     if as_json:
         values = [score.to_dict() for score in scores]
-        about = {"model": model, "adapter": adapter, "text": text, "settings": asdict(settings), "seed": seed}
+        about = {"model": model, "adapter": adapter, "text": text, "settings": asdict(settings)}
         typer.echo(json.dumps(about | environment(loaded.device) | {"scores": values}))
         return
     if len(scores) < len(points):
