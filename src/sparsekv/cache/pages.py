@@ -6,7 +6,6 @@ Free pages form a stack on the device, so that taking one in a decode step needs
 
 import re
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -29,15 +28,6 @@ def human_bytes(count: float) -> str:
             return f"{count:.4g} {unit}"
         count /= 1024
     return f"{count:.4g} GiB"
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a new tensor may take; on a GPU with what PyTorch's allocator holds unused and can give back."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    held = torch.cuda.memory_stats(device)
-    idle = held["reserved_bytes.all.current"] - held["allocated_bytes.all.current"]
-    return torch.cuda.mem_get_info(device)[0] + idle - held["inactive_split_bytes.all.current"]
 
 
 class PagePool:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sparsekv.cache.pages import PagePool, free_memory, human_bytes, parse_bytes
+from sparsekv.cache.pages import PagePool, human_bytes, parse_bytes
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.engine.cache import EngineCache
 from sparsekv.engine.config import EngineConfig
@@ -17,6 +17,7 @@ from sparsekv.engine.runner import Runner
 from sparsekv.engine.scheduler import Scheduler
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.site import Attachment
+from sparsekv.ops.device import free_memory
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekv.cache.pages import PagePool, free_memory, human_bytes, parse_bytes
+from sparsekv.cache.pages import PagePool, human_bytes, parse_bytes
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.cache.stats import KVStats
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.packing import Packing, packing_of
 from sparsekv.modeling.rollback import Rollback
 from sparsekv.modeling.site import PagedCache, Site
+from sparsekv.ops.device import free_memory
 from sparsekv.ops.layout import PoolExhausted
 from sparsekv.policies import Step, decode_layer, prefill_layer
 

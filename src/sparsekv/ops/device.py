@@ -1,7 +1,8 @@
-"""What kernels are cut by: the numbers of a device, asked for once."""
+"""What a device has: the numbers that kernels are cut by, asked for once, and the memory that is free now."""
 
 from functools import cache
 
+import psutil
 import torch
 
 
@@ -15,3 +16,12 @@ def processors(device: torch.device) -> int:
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may use."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**20
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new tensor may take; on a GPU with what PyTorch's allocator holds unused and can give back."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    held = torch.cuda.memory_stats(device)
+    idle = held["reserved_bytes.all.current"] - held["allocated_bytes.all.current"]
+    return torch.cuda.mem_get_info(device)[0] + idle - held["inactive_split_bytes.all.current"]

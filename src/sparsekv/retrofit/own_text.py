@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from sparsekv.cache.pages import free_memory
 from sparsekv.modeling.fetched import cache_folder, documents_once
 from sparsekv.modeling.load import load_model
+from sparsekv.ops.device import free_memory
 from sparsekv.retrofit.data_config import Source
 
-ROWS, GPU_ROWS = 32, 256
+CPU_TEXTS, GPU_TEXTS = 32, 256
 """Texts that are written at once: at most so many on the CPU, and on a GPU, where they take at most a quarter of its
 free memory, since a cache that grows is copied."""
 
@@ -37,7 +37,7 @@ def _write(name: str, source: Source, seed: int) -> list[str]:
     model: Any = loaded
     generator = torch.Generator().manual_seed(seed)
     texts: list[str] = []
-    at_once = _rows(model, source.tokens)
+    at_once = _texts_at_once(model, source.tokens)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -60,13 +60,14 @@ def _write(name: str, source: Source, seed: int) -> list[str]:
     return texts
 
 
-def _rows(model: Any, tokens: int) -> int:
+def _texts_at_once(model: Any, tokens: int) -> int:
     if model.device.type != "cuda":
-        return ROWS
+        return CPU_TEXTS
     config = model.config.get_text_config(decoder=True)
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = 2 * config.num_hidden_layers * config.num_key_value_heads * dim * model.dtype.itemsize * tokens
-    return max(1, min(GPU_ROWS, free_memory(model.device) // (4 * row)))
+    dense = 2 * config.num_hidden_layers * kv_heads * dim * model.dtype.itemsize * tokens  # bytes of one text's cache
+    return max(1, min(GPU_TEXTS, free_memory(model.device) // (4 * dense)))
 
 
 def _starts(prompts: list[str], count: int, tokenizer: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:

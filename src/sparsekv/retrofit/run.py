@@ -188,7 +188,8 @@ def dtype_of(config: RetrofitConfig) -> torch.dtype:
 def _train(documents: list[Documents], config: RetrofitConfig, *, say: Say) -> None:
     model, tokenizer = load_for_training(config)
     teacher = load_teacher(config, tokenizer)
-    say(f"Training {config.steps} steps to ratio {config.final_cr:g} on {provenance(model, config)['hardware']}")
+    origin = provenance(model, config)
+    say(f"Training {config.steps} steps to ratio {config.final_cr:g} on {origin['hardware']}")
     rows = blend(documents, tokenizer, count=config.steps * config.batch, length=config.length, seed=config.seed)
     weights = train(model, rows, config, teacher=teacher, progress=PartialState().is_main_process)
     if not PartialState().is_main_process:
@@ -200,7 +201,7 @@ def _train(documents: list[Documents], config: RetrofitConfig, *, say: Say) -> N
         steps=config.steps,
         final_cr=config.final_cr,
         minutes=round(sum(seconds) / 60, 2),
-        **provenance(model, config),
+        **origin,
     )
     with told(Path(config.output)):
         export(weights, config.model, folder=Path(config.output), adapter=made)
@@ -221,21 +222,19 @@ def _evaluate(
     reached = [ratio for ratio in settings.ratios if ratio == 1 or ratio <= adapter.max_cr + 0.05]
     points = [Point(asked=ratio, offset=adapter.offset_for(ratio)) for ratio in reached]
     scores: list[dict[str, Any]] = []
-    started = time.strftime("%Y-%m-%d")
+    about = {
+        "model": config.model,
+        "data": describe_data(config.data),
+        "through": settings.through,
+        "date": time.strftime("%Y-%m-%d"),
+        **provenance(model, config),
+        "seed": settings.seed,
+        "settings": asdict(settings),
+    }
 
     def keep(score: Score) -> None:
         scores.append(score.to_dict())
-        about = {
-            "model": config.model,
-            "data": describe_data(config.data),
-            "through": settings.through,
-            "date": started,
-        }
-        settings_used = asdict(settings)
-        results = (
-            about | provenance(model, config) | {"seed": settings.seed, "settings": settings_used, "scores": scores}
-        )
-        (Path(config.output) / EVAL_FILE).write_text(json.dumps(results, indent=1) + "\n")
+        (Path(config.output) / EVAL_FILE).write_text(json.dumps(about | {"scores": scores}, indent=1) + "\n")
         say("  " + describe(score))
 
     others = other_documents(settings.other_texts, trained_on=texts_of(config.data))
