@@ -1,9 +1,17 @@
-"""Settings of every test: one thread a worker (pytest-xdist runs several), and hypothesis without a clock."""
+"""Settings of every test: one thread a worker (pytest-xdist runs several), and hypothesis without a clock. Fixtures: a
+tiny model's folder with texts, and the configuration of a run that takes a second."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from sparsekv.retrofit.config import RetrofitConfig
 
 torch.set_num_threads(1)
 
@@ -14,3 +22,34 @@ if not torch.cuda.is_available():
 # A deadline measures the machine, not the code. In CI the examples are the same in every run.
 settings.register_profile("sparsekv", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("sparsekv")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import tiny
+
+    return tiny.save(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def configure(folder: Path, tmp_path: Path) -> "Callable[..., RetrofitConfig]":
+    def build(**changes: Any) -> "RetrofitConfig":
+        from sparsekv.retrofit.config import parse_config
+
+        values = {
+            "model": str(folder),
+            "output": str(tmp_path / "out"),
+            "data": [{"kind": "text", "names": [str(folder / "texts")]}, {"kind": "retrieval"}],
+            "window": 8,
+            "steps_per_cr": 2,
+            "max_cr": 4,
+            "batch": 2,
+            "length": 512,
+            "save_every": 2,
+            "device": "cpu",
+            "calibration": {"targets": [1.5, 2, 3], "rows": 2, "length": 128},
+            "evaluation": None,
+        }
+        return parse_config(values | changes)
+
+    return build

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparsekv.modeling import modes
+from sparsekv.modeling import contexts
 from sparsekv.retrofit.config import RetrofitConfig
 from sparsekv.retrofit.data import Blend, blend
 from sparsekv.retrofit.documents import read_all
@@ -35,5 +35,5 @@ def trained(config: RetrofitConfig) -> tuple[Any, list[dict[str, Any]]]:
 @contextmanager
 def trainer_of(config: RetrofitConfig) -> Iterator[RetrofitTrainer]:
     model, rows, teacher = prepared(config)
-    with modes.soft(model, tau=config.tau):
+    with contexts.soft(model, tau=config.tau):
         yield RetrofitTrainer(model, rows, config, teacher=teacher, progress=False)

@@ -21,7 +21,7 @@ def test_importing_loads_neither_torch_nor_transformers():
 
 def test_fetching_names_does_not_load_a_framework():
     loaded = _run("import sys, sparsekv; sparsekv.fetch_model; print([m for m in sys.modules])")
-    assert "'sparsekv.modeling.embedded'" in loaded
+    assert "'sparsekv.assets.embedded'" in loaded
     assert "'torch'" not in loaded
 
 

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsekv.assets.embedded import fetch_model as fetch_model
     from sparsekv.cache.stats import KVStats as KVStats
     from sparsekv.engine import LLM as LLM
     from sparsekv.engine import SamplingParams as SamplingParams
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from sparsekv.modeling.attach import detach as detach
     from sparsekv.modeling.attach import heads as heads
     from sparsekv.modeling.cache import SparseCache as SparseCache
-    from sparsekv.modeling.embedded import fetch_model as fetch_model
     from sparsekv.modeling.trace import Trace as Trace
     from sparsekv.modeling.trace import inspect as inspect
 
@@ -32,7 +32,7 @@ _HOMES = {
     "Attachment": "sparsekv.modeling.attach",
     "inspect": "sparsekv.modeling.trace",
     "Trace": "sparsekv.modeling.trace",
-    "fetch_model": "sparsekv.modeling.embedded",
+    "fetch_model": "sparsekv.assets.embedded",
     "KVStats": "sparsekv.cache.stats",
 }
 

@@ -5,7 +5,7 @@ import torch
 
 from serving import alone, assert_empty, attached, engine, greedy, prompts
 from sparsekv import LLM, SamplingParams
-from sparsekv.engine.scheduler import SwapIn, SwapOut
+from sparsekv.engine.schedule.scheduler import SwapIn, SwapOut
 
 
 def _swaps(llm: LLM) -> list[type]:

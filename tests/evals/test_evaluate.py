@@ -17,7 +17,7 @@ from sparsekv.evals.forward import read
 from sparsekv.evals.items import Item, ItemBuilder
 from sparsekv.evals.settings import EvaluationConfig
 from sparsekv.modeling.attach import attachment_of
-from sparsekv.modeling.states import SplitModel
+from sparsekv.modeling.split import SplitModel
 
 SETTINGS = EvaluationConfig(rows=3, length=64, items=2, contexts=[256], batch=2)
 
@@ -32,13 +32,13 @@ def model():
 
 def scores(model, points, *, settings=SETTINGS, others=None, **changes):
     documents = [tiny.text(900, seed=3)]
-    settings = replace(settings, **({"through": "mask"} | changes))
+    settings = replace(settings, **({"eviction": "mask"} | changes))
     return evaluate(model, tiny.tokenizer(), documents=documents, points=points, settings=settings, others=others)
 
 
-@pytest.mark.parametrize("through", ["mask", "cache"])
-def test_offset_minus_infinity_is_dense(model, through: str) -> None:
-    (score,) = scores(model, [Point(asked=1, offset=-math.inf)], through=through)
+@pytest.mark.parametrize("eviction", ["mask", "cache"])
+def test_offset_minus_infinity_is_dense(model, eviction: str) -> None:
+    (score,) = scores(model, [Point(asked=1, offset=-math.inf)], eviction=eviction)
     assert score.ratio == 1
     assert abs(score.divergence) < 1e-6
     assert score.agreement == 1
@@ -48,7 +48,7 @@ def test_offset_minus_infinity_is_dense(model, through: str) -> None:
 
 def test_forgetting_costs_and_both_ways_agree(model) -> None:
     points = [Point(offset=o) for o in (-4.0, 0.0, 1e9)]
-    masked, cached = scores(model, points), scores(model, points, through="cache")
+    masked, cached = scores(model, points), scores(model, points, eviction="cache")
     for a, b in zip(masked, cached, strict=True):
         assert a.ratio == pytest.approx(b.ratio, rel=1e-9)
         assert a.divergence == pytest.approx(b.divergence, rel=1e-3, abs=1e-6)
@@ -65,7 +65,7 @@ def test_held_is_what_the_allocator_holds_with_lag_and_sliding_layers() -> None:
     sparsekv.attach(model, policy="dms", window=4, lag=1, offset=0.5)
     tiny.random_heads(sparsekv.heads(model))
     ids = tokens(2, 40)
-    with_cache, without = (read(SplitModel(model), ids, through=through) for through in ("cache", "mask"))
+    with_cache, without = (read(SplitModel(model), ids, eviction=eviction) for eviction in ("cache", "mask"))
     assert with_cache.held == pytest.approx(without.held, rel=1e-9)
     assert torch.allclose(with_cache.hidden, without.hidden, atol=1e-4)
 
@@ -105,14 +105,14 @@ def test_generated_answers_are_the_forced_ones(model) -> None:
     for cell in retrieval.retrieval_cells(builder, kinds=["pass key", "look-up"], contexts=[256], items=4, seed=0):
         for item in cell.items[1:3]:
             answer_as_the_model_would(split, item)
-        forced = retrieval.forced(split, cell, lambda ids: read(split, ids, through="cache"), batch=2)
+        forced = retrieval.forced(split, cell, lambda ids: read(split, ids, eviction="cache"), batch=2)
         assert retrieval.generated(split, cell, batch=3) == forced == [False, True, True, False]
 
 
 def answer_as_the_model_would(split: SplitModel, item: Item) -> None:
     for at in range(*item.answers[0]):
         ids = torch.from_numpy(item.ids[:at].astype("int64"))[None]
-        item.ids[at] = split.logits(read(split, ids, through="cache").hidden[0, -1]).argmax()
+        item.ids[at] = split.logits(read(split, ids, eviction="cache").hidden[0, -1]).argmax()
 
 
 def test_time_is_bounded(model) -> None:
@@ -146,8 +146,8 @@ def test_a_model_that_scales_its_logits_is_refused() -> None:
         ({"ratios": [0.5]}, "ratios has 0.5"),
         ({"rows": 0}, "rows is 0"),
         ({"contexts": [5]}, "contexts has 5 tokens"),
-        ({"through": "air"}, "through is 'air'"),
-        ({"answers": "generated", "through": "mask"}, "use through: cache"),
+        ({"eviction": "air"}, "eviction is 'air'"),
+        ({"answers": "generated", "eviction": "mask"}, "use eviction: cache"),
         ({"long_lengths": [1]}, "long_lengths has 1"),
     ],
 )

@@ -81,7 +81,7 @@ def test_heads_and_their_place():
     (head,) = sparsekv.heads(model)  # the sliding layer has none
     assert (tuple(head.weight.shape), tuple(head.bias.shape)) == ((2, 32), (2,))
     assert model.model.layers[1].self_attn.eviction_head is head
-    assert [site.policy.name for site in attachment.sites] == ["sliding-window", "dms"]
+    assert [attached.policy.name for attached in attachment.layers] == ["sliding-window", "dms"]
     assert (attachment.policy.window(1), attachment.policy.lag, attachment.policy.offset) == (7, 1, -2.0)
     assert attachment_of(model) is attachment
 

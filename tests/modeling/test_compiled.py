@@ -8,9 +8,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sparsekv
 from helpers import random_heads, tiny_model, tokens
 from sparsekv import dms
-from sparsekv.modeling import modes
+from sparsekv.modeling import contexts
 from sparsekv.modeling.compiled import compiled_layers
-from sparsekv.modeling.states import SplitModel
+from sparsekv.modeling.split import SplitModel
 
 
 def trainable(layers: int, family: str = "Llama", **config):
@@ -19,7 +19,7 @@ def trainable(layers: int, family: str = "Llama", **config):
     model.requires_grad_(False)
     for head in sparsekv.heads(random_heads(model)):
         head.requires_grad_(True)
-    with modes.dense(model):
+    with contexts.dense(model):
         return model, SplitModel(model)
 
 
@@ -27,9 +27,9 @@ def gradients(split: SplitModel) -> list[Tensor]:
     """Of the divergence to the heads, after one step of training."""
     model, ids = split.model, tokens(2, 20).to(split.model.device)
     torch.manual_seed(0)
-    with modes.dense(model), torch.no_grad():
+    with contexts.dense(model), torch.no_grad():
         teacher = split.hidden(ids)
-    with modes.soft(model, tau=0.1):
+    with contexts.soft(model, tau=0.1):
         split.divergence(teacher, split.hidden(ids), dms.kl_teacher_student).backward()
     found = [p.grad for head in sparsekv.heads(model) for p in head.parameters()]
     model.zero_grad()

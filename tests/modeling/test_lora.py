@@ -9,7 +9,7 @@ import torch
 import sparsekv
 from helpers import random_heads, tiny_model, tokens
 from sparsekv import SparseCache
-from sparsekv.modeling import modes
+from sparsekv.modeling import contexts
 from sparsekv.modeling.adapter import PREFIX, AdapterConfig, base_shape, read_adapter, save_adapter, write_adapter
 
 TARGETS = {"self_attn.q_proj": (32, 32), "mlp.down_proj": (48, 32)}
@@ -60,7 +60,7 @@ def test_peft_reads_the_folder_and_computes_the_same(folder: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(tiny_model(), str(folder)).eval()
     model = tiny_model()
     sparsekv.attach(model, adapter=str(folder), cr=1)
-    with modes.dense(model):
+    with contexts.dense(model):
         ours = model(ids).logits
     assert torch.allclose(ours, theirs(ids).logits, atol=1e-5)
     assert not torch.allclose(ours, tiny_model()(ids).logits, atol=1e-2)
@@ -73,7 +73,7 @@ def test_detach_and_original_restore_every_bit(folder: Path, dtype: torch.dtype)
     addresses = [p.data_ptr() for p in model.parameters()]
     sparsekv.attach(model, adapter=str(folder), cr=4)
     merged = [p.clone() for p in model.parameters()]
-    with modes.original(model):
+    with contexts.original(model):
         assert torch.equal(model.model.layers[1].self_attn.q_proj.weight, plain.model.layers[1].self_attn.q_proj.weight)
         assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-6 if dtype == torch.float32 else 3e-2)
     assert all(torch.equal(p, m) for p, m in zip(model.parameters(), merged, strict=True))

@@ -9,7 +9,7 @@ import torch
 import sparsekv
 from helpers import FAMILIES, tiny_model, tokens
 from sparsekv.dms import NeuronSource
-from sparsekv.modeling import modes
+from sparsekv.modeling import contexts
 from sparsekv.modeling.adapter import AdapterConfig, base_shape, read_adapter, save_adapter
 from written_out import Neuron, Written, decoder
 
@@ -137,7 +137,7 @@ def test_the_memory_shrinks():
 def test_training_reaches_the_weights_of_the_channel():
     model, ids = tiny_model("Llama").train(), tokens(2, 16)
     sparsekv.attach(model, policy="dms", window=WINDOW, neuron=NeuronSource(**LOUD))
-    with modes.soft(model, tau=0.5, seed=0) as gates:
+    with contexts.soft(model, tau=0.5, seed=0) as gates:
         model(ids, use_cache=False).logits.logsumexp(-1).sum().backward()
     assert [tuple(gate.shape) for gate in gates.gates.values()] == [(32, 2)] * 2
     for layer in model.model.layers:
@@ -149,7 +149,7 @@ def test_eviction_off_leaves_the_channel_out():
     model, ids = attached("Llama"), tokens(1, 20)
     source = Neuron(scale=0.0, shift=1.0)
     want = decoder(model.config, model.state_dict(), ids[0], window=WINDOW, source=source).logits
-    with torch.no_grad(), modes.dense(model):
+    with torch.no_grad(), contexts.dense(model):
         torch.testing.assert_close(model(ids, use_cache=False).logits[0], want, atol=1e-4, rtol=1e-4)
 
 
@@ -213,7 +213,7 @@ def test_refusals_leave_the_model_alone():
     model.model.layers[1].self_attn.q_proj = torch.nn.Linear(32, 64)  # as with a gate beside the queries
     with pytest.raises(ValueError, match="cannot read the queries of LlamaAttention"):
         sparsekv.attach(model, policy="dms", neuron=NeuronSource())
-    assert not hasattr(model.model.layers[0].self_attn, "sparsekv_site")
+    assert not hasattr(model.model.layers[0].self_attn, "sparsekv_layer")
     assert not any(m._forward_hooks for m in model.modules())
 
 

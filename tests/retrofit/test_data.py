@@ -16,7 +16,7 @@ from sparsekv.evals.items import ItemBuilder
 from sparsekv.retrofit.data import Blend, blend
 from sparsekv.retrofit.data_config import Source, describe_data, texts_of
 from sparsekv.retrofit.documents import Documents, held_out, read_all
-from sparsekv.retrofit.retrieval import training_item
+from sparsekv.retrofit.retrieval_rows import training_item
 
 TOKENIZER = tiny.tokenizer()
 TEXT = tiny.text(1500, seed=9)

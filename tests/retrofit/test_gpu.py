@@ -10,7 +10,7 @@ import tiny
 from helpers import tiny_model
 from sparsekv.evals.corpus import Corpus
 from sparsekv.evals.forward import read
-from sparsekv.modeling.states import SplitModel
+from sparsekv.modeling.split import SplitModel
 from sparsekv.retrofit.config import RetrofitConfig
 from sparsekv.retrofit.data import blend
 from sparsekv.retrofit.documents import read_all
@@ -32,6 +32,6 @@ def test_training_and_the_hard_rule_on_cuda(configure: Callable[..., RetrofitCon
     tiny.random_heads([head.cpu() for head in heads])
     model.float().cuda()
     ids = corpus.rows(2, 256).cuda()
-    masked, cached = (read(SplitModel(model), ids, through=through) for through in ("mask", "cache"))
+    masked, cached = (read(SplitModel(model), ids, eviction=eviction) for eviction in ("mask", "cache"))
     assert masked.held == pytest.approx(cached.held, rel=1e-3)
     assert torch.allclose(masked.hidden, cached.hidden, atol=2e-2)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 import sparsekv
 import tiny
 from helpers import tiny_model, tokens
-from sparsekv.modeling import modes
-from sparsekv.modeling.states import SplitModel
+from sparsekv.modeling import contexts
+from sparsekv.modeling.split import SplitModel
 from sparsekv.retrofit.packing import joined, pack
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=12)
@@ -52,7 +52,7 @@ def test_a_packed_document_is_what_it_is_alone(lag: int, soft: bool) -> None:
         with torch.no_grad():
             if not soft:
                 return split.hidden(ids, documents=documents)
-            with modes.soft(model, tau=0.1):
+            with contexts.soft(model, tau=0.1):
                 return split.hidden(ids, documents=documents)
 
     packed = hidden(ids, numbers)[0]

@@ -13,7 +13,7 @@ import tiny
 from helpers import tiny_model, tokens
 from retrofitting import Configure, prepared, trained, trainer_of
 from sparsekv import dms
-from sparsekv.modeling import modes
+from sparsekv.modeling import contexts
 from sparsekv.modeling.adapter import read_adapter
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.load import load_model
@@ -46,7 +46,7 @@ def test_a_frozen_weight_with_two_names_is_not_what_was_trained(configure: Confi
     model = tiny_model(tie_word_embeddings=True)
     sparsekv.attach(model, policy="dms", window=4)
     make_trainable(model, configure())
-    with modes.soft(model, tau=0.1):
+    with contexts.soft(model, tau=0.1):
         names = set(checkpoint.trained_weights(Distillation(model, configure())))
     heads = {name for name, _ in model.named_parameters() if ".eviction_head." in name}
     assert names - {"quantiles"} == {f"student.{name}" for name in heads}
@@ -257,10 +257,10 @@ def test_the_heads_of_a_layer_decide_as_one(configure: Configure) -> None:
     for head in sparsekv.heads(model):
         assert head.weight.any()
         assert torch.equal(head.weight[0], head.weight[1]) and torch.equal(head.bias[0], head.bias[1])
-    with modes.soft(model, tau=0.1, shared=True) as gates, torch.no_grad():
+    with contexts.soft(model, tau=0.1, shared=True) as gates, torch.no_grad():
         model(torch.arange(30)[None])
     assert all(torch.equal(gate[:, 0], gate[:, 1]) for gate in gates.gates.values())
-    with modes.soft(model, tau=0.1) as gates, torch.no_grad():
+    with contexts.soft(model, tau=0.1) as gates, torch.no_grad():
         model(torch.arange(30)[None])
     assert not any(torch.equal(gate[:, 0], gate[:, 1]) for gate in gates.gates.values())
 
@@ -292,7 +292,7 @@ def test_the_shift_gives_the_fraction_that_was_drawn(configure: Configure) -> No
     model, ids = tiny_model(num_hidden_layers=1), tokens(4, 200)
     sparsekv.attach(model, policy="dms", window=8)
     tiny.random_heads(sparsekv.heads(model))
-    with modes.soft(model, tau=0.1):
+    with contexts.soft(model, tau=0.1):
         distillation = Distillation(model, configure(hold_steps=1, hold="random", fraction="hard"))
 
         def marked(target: float, full: float | None) -> float:
@@ -347,11 +347,11 @@ def test_the_channel_fades_before_and_after_rope(configure: Configure) -> None:
     attached, outs = attachment_of(model), []
     for keep in (1.0, 0.5, 0.0):
         attached.keep = keep
-        with modes.dense(model):
+        with contexts.dense(model):
             outs.append(model(ids).logits)
     assert torch.allclose(outs[0], plain(ids).logits, atol=1e-5)
     assert 0 < (outs[1] - outs[0]).norm() < (outs[2] - outs[0]).norm()
-    with modes.original(model):
+    with contexts.original(model):
         assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-5)
 
 

@@ -20,10 +20,10 @@ from sparsekv.bench.shapes import Shape
 from sparsekv.bench.timing import copy_bandwidth, median_ms
 from sparsekv.cache.pages import PagePool
 from sparsekv.cache.ragged import RaggedCache
-from sparsekv.engine.cache import EngineCache
-from sparsekv.engine.graphs import DecodeGraphs, compiled_decode
+from sparsekv.engine.device.cache import EngineCache
+from sparsekv.engine.device.graphs import DecodeGraphs, compiled_decode
 from sparsekv.modeling.attach import attach, heads
-from sparsekv.modeling.modes import dense
+from sparsekv.modeling.contexts import dense
 from sparsekv.provenance import environment
 
 PAGE_SIZE = 32
@@ -132,7 +132,7 @@ class StepBench:
     def _empty(self, rows: int, tokens: int, *, pages: int) -> RaggedCache:
         shape = self.shape
         pool = PagePool(pages, page_size=PAGE_SIZE, head_dim=shape.head_dim, dtype=self.dtype, device=self.device)
-        windows = [site.policy.window(site.layer) for site in self.attachment.sites]
+        windows = [attached.policy.window(attached.layer) for attached in self.attachment.layers]
         return RaggedCache(pool, windows, kv_heads=shape.kv_heads, rows=rows, max_tokens=tokens)
 
     def _mark_at(self, ratio: float) -> None:

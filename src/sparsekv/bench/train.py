@@ -19,10 +19,10 @@ from sparsekv import dms
 from sparsekv.bench.shapes import Shape
 from sparsekv.bench.step import kernel_times, random_model
 from sparsekv.bench.timing import median_ms
-from sparsekv.modeling import modes
+from sparsekv.modeling import contexts
 from sparsekv.modeling.attach import attach, heads
 from sparsekv.modeling.compiled import compiled_layers
-from sparsekv.modeling.states import SplitModel
+from sparsekv.modeling.split import SplitModel
 from sparsekv.ops.gate import gate
 from sparsekv.provenance import environment
 from sparsekv.retrofit.distill import marked_fractions
@@ -121,14 +121,14 @@ def _timed_step(
     model = random_model(shape, context=tokens, device=device, dtype=dtype)
     attach(model, policy="dms", window=WINDOW)
     ids = torch.randint(0, shape.vocabulary, (batch, tokens), device=device)
-    with modes.dense(model):
+    with contexts.dense(model):
         split = SplitModel(model)
     optimizer = torch.optim.AdamW([p for head in heads(model) for p in head.parameters()], lr=1e-5, fused=True)
 
     def step() -> None:
-        with modes.dense(model), torch.no_grad():
+        with contexts.dense(model), torch.no_grad():
             teacher = split.hidden(ids)
-        with modes.soft(model, tau=0.1) as gates:
+        with contexts.soft(model, tau=0.1) as gates:
             student = split.hidden(ids)
             loss = split.divergence(teacher, student, dms.kl_teacher_student)
             loss = loss + dms.hinge(marked_fractions(gates.gates, hard=False).mean(), 0.5)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache.pages import PagePool
-from sparsekv.ops.layout import LayerPages
-from sparsekv.ops.place.reference import ring_positions
+from sparsekv.ops.layout import LayerPages, ring_positions
 
 
 class RaggedCache:

@@ -22,8 +22,8 @@ def command(
     as_json: Annotated[bool, Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """Measure an adapter's table of ratios on the held-out part of a text, through the real cache."""
-    from sparsekv.retrofit.calibrate import recalibrate
-    from sparsekv.retrofit.config import CalibrationConfig
+    from sparsekv.evals.calibrate import recalibrate
+    from sparsekv.evals.settings import CalibrationConfig
 
     try:
         ratios = [float(part) for part in targets.split(",")]

@@ -37,10 +37,10 @@ def command(
     """What compression costs and saves: a small model reads, answers and continues, dense and at ratios 2, 4 and 8."""
     from rich.console import Console
 
+    from sparsekv.assets.texts import fetch_text, split
     from sparsekv.cli.demo_report import draw, readme_block, rewrite_readme, table
     from sparsekv.cli.demo_task import make_task
     from sparsekv.cli.inspect_page import build_page
-    from sparsekv.modeling.texts import fetch_text, split
 
     notes = Console(stderr=True)
     adapter = adapter or find_adapter(MODEL)

@@ -3,7 +3,7 @@
     article ... fact ... article | article goes on | question -> answer
     context                      | continuation    | question
 
-The article is held out from training (modeling/texts.py); the seed picks the article and the fact.
+The article is held out from training (assets/texts.py); the seed picks the article and the fact.
 """
 
 import random

@@ -37,7 +37,7 @@ def command(
     batch: Annotated[int, Option(help="Texts of one forward.")] = 1,
     seconds: Annotated[float, Option(help="No further ratio is begun after this time.")] = 3600.0,
     seed: Annotated[int, Option(help="Seed of the retrieval items.")] = 0,
-    through: Annotated[str, Option(help="cache, the real one, or mask: the same rule without it.")] = "cache",
+    eviction: Annotated[str, Option(help="cache, the real one, or mask: the same rule without it.")] = "cache",
     as_json: Annotated[bool, Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Measure what a ratio costs on the held-out part of a text, teacher-forced through the real cache."""
@@ -52,7 +52,7 @@ def command(
         other_texts=_names(other_texts),
         long_lengths=_numbers("long-lengths", long_lengths),
         same_ratio=same_ratio,
-        through=through,
+        eviction=eviction,
         batch=batch,
         seconds=seconds,
         seed=seed,

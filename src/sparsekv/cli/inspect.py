@@ -65,7 +65,7 @@ def inspect_text(
         adapter=adapter,
         cr=cr,
         pieces=pieces,
-        layers=[site.layer for site in attachment.sites if site.policy is attachment.policy],
+        layers=[attached.layer for attached in attachment.layers if attached.policy is attachment.policy],
         trace=inspect(model, torch.tensor([ids], device=model.device)),
     )
 

@@ -8,15 +8,15 @@ from transformers import PreTrainedModel
 
 from sparsekv.cache.pages import PagePool, human_bytes, parse_bytes
 from sparsekv.cache.ragged import RaggedCache
-from sparsekv.engine.cache import EngineCache
 from sparsekv.engine.config import EngineConfig
+from sparsekv.engine.device.cache import EngineCache
+from sparsekv.engine.device.graphs import DecodeGraphs, buckets_up_to, compiled_decode, why_not_graphable
+from sparsekv.engine.device.runner import Runner
 from sparsekv.engine.engine import Engine
-from sparsekv.engine.graphs import DecodeGraphs, buckets_up_to, compiled_decode, why_not_graphable
-from sparsekv.engine.ledger import Ledger
-from sparsekv.engine.runner import Runner
-from sparsekv.engine.scheduler import Scheduler
+from sparsekv.engine.schedule.ledger import Ledger
+from sparsekv.engine.schedule.scheduler import Scheduler
 from sparsekv.modeling.attach import attachment_of
-from sparsekv.modeling.site import Attachment
+from sparsekv.modeling.attached import Attachment
 from sparsekv.ops.device import free_memory
 
 log = logging.getLogger(__name__)
@@ -32,15 +32,15 @@ def build_engine(model: PreTrainedModel, config: EngineConfig, *, tokenizer: Any
     """
     attachment, device = attachment_of(model), model.device
     length = _max_model_len(model, attachment, config)
-    caps = [site.policy.most_held(site.layer, length) for site in attachment.sites]
+    caps = [attached.policy.most_held(attached.layer, length) for attached in attachment.layers]
     pool = _pool(model, attachment, config, caps=caps)
     ragged = RaggedCache(
         pool,
-        [site.policy.window(site.layer) for site in attachment.sites],
+        [attached.policy.window(attached.layer) for attached in attachment.layers],
         kv_heads=attachment.kv_heads,
         rows=config.max_num_seqs,
         max_tokens=length,
-        rewrites=[site.policy.rewrites for site in attachment.sites],
+        rewrites=[attached.policy.rewrites for attached in attachment.layers],
     )
     cache = EngineCache(attachment, ragged)
     ledger = Ledger(

@@ -12,12 +12,12 @@ import numpy as np
 
 from sparsekv.cache.pages import human_bytes
 from sparsekv.engine.detokenizer import Detokenizer
+from sparsekv.engine.device.runner import Pending, Runner, StepResult
 from sparsekv.engine.finish import append_token
 from sparsekv.engine.outputs import RequestOutput, Session
 from sparsekv.engine.params import SamplingParams
-from sparsekv.engine.request import Request, Sequence, Status
-from sparsekv.engine.runner import Pending, Runner, StepResult
-from sparsekv.engine.scheduler import GiveUp, Idle, RunStep, Scheduler, Settle, SwapIn, SwapOut
+from sparsekv.engine.schedule.request import Request, Sequence, Status
+from sparsekv.engine.schedule.scheduler import GiveUp, Idle, RunStep, Scheduler, Settle, SwapIn, SwapOut
 
 
 class Engine:

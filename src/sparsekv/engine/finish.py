@@ -3,7 +3,7 @@
 from typing import Any
 
 from sparsekv.engine.outputs import Logprob
-from sparsekv.engine.request import Sequence
+from sparsekv.engine.schedule.request import Sequence
 
 TokenLogprobs = tuple[float, int, list[float], list[int]]
 """The sampled token's log-probability and rank; the most probable tokens' log-probabilities and ids."""

@@ -13,7 +13,7 @@ from typing import Any
 from sparsekv.engine.engine import Engine
 from sparsekv.engine.outputs import RequestOutput
 from sparsekv.engine.params import SamplingParams
-from sparsekv.engine.request import Request
+from sparsekv.engine.schedule.request import Request
 
 Sink = Callable[[RequestOutput | Exception], None]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsekv.modeling.texts import fetch_text, split, text_names
+from sparsekv.assets.texts import fetch_text, split, text_names
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=\S)(?=\n)")
 

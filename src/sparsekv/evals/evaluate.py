@@ -16,16 +16,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv.evals import retrieval
+from sparsekv.evals.calibrate import calibrate
 from sparsekv.evals.corpus import Corpus
 from sparsekv.evals.forward import Reading, read
 from sparsekv.evals.items import ItemBuilder
 from sparsekv.evals.perplexity import TextRows, TextScore
 from sparsekv.evals.settings import EvaluationConfig
-from sparsekv.modeling import modes
+from sparsekv.modeling import contexts
 from sparsekv.modeling.attach import attachment_of
-from sparsekv.modeling.states import SplitModel
+from sparsekv.modeling.split import SplitModel
 from sparsekv.policies.dms import DMSPolicy
-from sparsekv.retrofit.calibrate import calibrate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class _Bench:
     ) -> None:
         self.policy = attachment_of(model).policy
         self.settings = settings
-        with modes.dense(model):
+        with contexts.dense(model):
             self.split = SplitModel(model)
         self.reference = self.split if reference is None else SplitModel(reference)
         corpus = Corpus(documents, tokenizer)
@@ -122,7 +122,7 @@ class _Bench:
         self.cells = retrieval.retrieval_cells(
             builder, kinds=settings.kinds, contexts=settings.contexts, items=settings.items, seed=settings.seed
         )
-        with modes.original(model):
+        with contexts.original(model):
             self.held_out = self._rows(corpus, settings.length)
             self.others = {name: self._rows(Corpus(t, tokenizer), settings.length) for name, t in others.items()}
             self.longer = {f"{length} tokens": self._rows(corpus, length) for length in settings.long_lengths}
@@ -156,9 +156,9 @@ class _Bench:
         dialled = self.settings.same_ratio and point.asked is not None and point.asked > 1
         if not dialled or not isinstance(self.policy, DMSPolicy):
             return point.offset
-        batch, through = self.settings.batch, self.settings.through
+        batch, eviction = self.settings.batch, self.settings.eviction
         model = self.split.model
-        return calibrate(model, text.rows, targets=[point.asked or 1], batch=batch, through=through)[0].offset
+        return calibrate(model, text.rows, targets=[point.asked or 1], batch=batch, eviction=eviction)[0].offset
 
     def _text(self, text: TextRows, offset: float | None) -> TextScore:
         with self._dialled(offset):
@@ -170,7 +170,7 @@ class _Bench:
         return retrieval.forced(self.split, cell, self._read, batch=self.settings.batch)
 
     def _read(self, ids: Tensor) -> Reading:
-        return read(self.split, ids, through=self.settings.through)
+        return read(self.split, ids, eviction=self.settings.eviction)
 
     def _dense(self, ids: Tensor) -> Reading:
         with torch.no_grad():

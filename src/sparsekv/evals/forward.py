@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv import dms
-from sparsekv.evals.settings import THROUGH
+from sparsekv.evals.settings import EVICTIONS
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.cache import SparseCache
-from sparsekv.modeling.states import SplitModel
+from sparsekv.modeling.split import SplitModel
 from sparsekv.policies import Policy, Step
 
 CHUNK = 2048
@@ -37,11 +37,11 @@ class Reading:
 
 
 @torch.no_grad()
-def read(split: SplitModel, ids: Tensor, *, through: str) -> Reading:
+def read(split: SplitModel, ids: Tensor, *, eviction: str) -> Reading:
     """ids: int64 [B, S], no padding. Raises ValueError for an unknown way."""
-    if through not in THROUGH:
-        raise ValueError(f"through is {through!r}; use one of {', '.join(THROUGH)}")
-    if through == "cache":
+    if eviction not in EVICTIONS:
+        raise ValueError(f"eviction is {eviction!r}; use one of {', '.join(EVICTIONS)}")
+    if eviction == "cache":
         cache = SparseCache(split.model)
         hidden = torch.cat([split.hidden(part, cache=cache) for part in ids.split(CHUNK, dim=1)], dim=1)
         return Reading(hidden=hidden, seen=ids.numel(), held=cache.stats().tokens_held)
@@ -75,7 +75,7 @@ class Recorded:
 @contextmanager
 def recorded_marks(model: PreTrainedModel) -> Iterator[Recorded]:
     """Within, each cache-free forward leaves its marks behind."""
-    policies = [site.policy for site in attachment_of(model).sites]
+    policies = [attached.policy for attached in attachment_of(model).layers]
     recorded = Recorded(policies=policies)
     unique = {id(policy): policy for policy in policies}.values()
     for policy in unique:

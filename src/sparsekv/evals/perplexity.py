@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsekv import dms
 from sparsekv.evals.forward import Reading
-from sparsekv.modeling.states import SplitModel
+from sparsekv.modeling.split import SplitModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class TextScore:
 
 class TextRows:
     """Rows of a text and what the dense model makes of them. rows: int64 [N, S], on the model's device; reference: the
-    dense model, or the same one, made while it is within modes.original."""
+    dense model, or the same one, made while it is within contexts.original."""
 
     def __init__(self, split: SplitModel, rows: Tensor, *, reference: SplitModel, batch: int) -> None:
         self.split, self.reference, self.rows, self.batches = split, reference, rows, rows.split(batch)

@@ -20,7 +20,7 @@ from sparsekv.evals.forward import Reading
 from sparsekv.evals.items import Item, ItemBuilder
 from sparsekv.evals.templates import LOOK_UP, PASS_KEY, UNSEEN
 from sparsekv.modeling.cache import SparseCache
-from sparsekv.modeling.states import SplitModel
+from sparsekv.modeling.split import SplitModel
 
 KINDS = ("pass key", "unseen", "look-up")
 ENTRIES = 8

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-THROUGH = ("cache", "mask")
+EVICTIONS = ("cache", "mask")
 ANSWERS = ("forced", "generated")
+TARGETS = (1.1, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class EvaluationConfig:
     """Of retrieval: pass key, unseen, look-up; see retrieval.py."""
     answers: str = "forced"
     """How retrieval is read: teacher-forced in one forward, or generated token by token."""
-    through: str = "cache"
+    eviction: str = "cache"
     """The real cache, or the same rule as a mask; see forward.py."""
     batch: int = 8
     """Texts of one forward."""
@@ -49,10 +50,34 @@ class EvaluationConfig:
             raise ValueError(f"contexts has {min(self.contexts)} tokens; facts and questions need 128 or more")
         if min(self.long_lengths, default=2) < 2:
             raise ValueError(f"long_lengths has {min(self.long_lengths)}; use at least 2 tokens")
-        for name, value, known in (("through", self.through, THROUGH), ("answers", self.answers, ANSWERS)):
+        for name, value, known in (("eviction", self.eviction, EVICTIONS), ("answers", self.answers, ANSWERS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")
-        if self.answers == "generated" and self.through == "mask":
-            raise ValueError("generated answers come out of the real cache; use through: cache")
+        if self.answers == "generated" and self.eviction == "mask":
+            raise ValueError("generated answers come out of the real cache; use eviction: cache")
         if not self.seconds > 0:
             raise ValueError(f"seconds is {self.seconds:g}; use more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """Which ratios the offset table gets, measured on how much held-out text."""
+
+    targets: list[float] = field(default_factory=lambda: list(TARGETS))
+    """Compression ratios, window counted, at `length` tokens; those that the heads cannot reach are left out."""
+    rows: int = 16
+    length: int = 2048
+    """Tokens per row."""
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ValueError("calibration.targets is empty; name ratios such as 2, 4, 8")
+        low = min(self.targets)
+        if low <= 1:
+            raise ValueError(
+                f"calibration.targets has {low:g}; a ratio is tokens seen over tokens held, so use more than 1"
+            )
+        if self.rows < 1:
+            raise ValueError(f"calibration.rows is {self.rows}; use at least 1")
+        if self.length < 2:
+            raise ValueError(f"calibration.length is {self.length}; use at least 2 tokens")

@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv.dms import EvictionHead, NeuronSource
+from sparsekv.modeling.attached import ATTACHMENT
 from sparsekv.modeling.lora import A, B, Lora
-from sparsekv.modeling.site import ATTACHMENT
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

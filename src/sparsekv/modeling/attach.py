@@ -13,10 +13,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from sparsekv.dms import EvictionHead, NeuronSource
 from sparsekv.modeling import adapter as adapters
 from sparsekv.modeling import neuron
+from sparsekv.modeling.attached import ATTACHED, ATTACHMENT, AttachedLayer, Attachment, PagedCache
 from sparsekv.modeling.attention import NAME, padding_mask, sparse_attention
-from sparsekv.modeling.checks import AttentionLayers, attention_layers
+from sparsekv.modeling.attention_layers import AttentionLayers, attention_layers
 from sparsekv.modeling.lora import MergedLora
-from sparsekv.modeling.site import ATTACHMENT, SITE, Attachment, PagedCache, Site
 from sparsekv.policies import Policy, make_policy
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.policies.streaming import SlidingWindowPolicy
@@ -138,15 +138,15 @@ def _install(
     AttentionMaskInterface.register(NAME, padding_mask)
     for index, module in enumerate(layers.modules):
         window = layers.windows[index]
-        site = Site(
+        attached = AttachedLayer(
             layer=index, policy=policy if window is None else SlidingWindowPolicy(window), attachment=attachment
         )
-        attachment.sites.append(site)
-        setattr(module, SITE, site)
+        attachment.layers.append(attached)
+        setattr(module, ATTACHED, attached)
         hook = module.register_forward_pre_hook(_read_input, with_kwargs=True)
-        attachment.undo += [hook.remove, _remover(module, SITE)]
+        attachment.undo += [hook.remove, _remover(module, ATTACHED)]
         if source is not None and window is None:
-            attachment.undo.append(neuron.install(layers, index, site=site, source=source))
+            attachment.undo.append(neuron.install(layers, index, attached=attached, source=source))
         if index in heads:
             module.add_module(adapters.HEAD, heads[index])
             attachment.undo.append(_remover(module, adapters.HEAD))
@@ -164,7 +164,7 @@ def _remover(module: nn.Module, name: str) -> Callable[[], None]:
 
 def _read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Remember the attention layer's input and cache for `sparse_attention`."""
-    site: Site = getattr(module, SITE)
-    site.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    attached: AttachedLayer = getattr(module, ATTACHED)
+    attached.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cache = kwargs.get("past_key_values")
-    site.cache = cache if isinstance(cache, PagedCache) else None
+    attached.cache = cache if isinstance(cache, PagedCache) else None

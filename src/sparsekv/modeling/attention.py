@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import find_packed_sequence_indices
 
 from sparsekv import dms
-from sparsekv.modeling.packing import packing_of
-from sparsekv.modeling.site import SITE, Site
+from sparsekv.modeling.attached import ATTACHED, AttachedLayer
+from sparsekv.modeling.padding import packing_of
 from sparsekv.modeling.tensor_parallel import own_heads
 from sparsekv.ops.gate import gate
 from sparsekv.policies import Step
@@ -39,20 +39,22 @@ def sparse_attention(
 
     Raises ValueError for what the cache cannot honour: dropout, a 4D mask, a foreign cache.
     """
-    site: Site = getattr(module, SITE)
-    cache, hidden = site.cache, site.hidden
-    site.cache = site.hidden = None
+    attached: AttachedLayer = getattr(module, ATTACHED)
+    cache, hidden = attached.cache, attached.hidden
+    attached.cache = attached.hidden = None
     assert hidden is not None, "the pre-hook of attach() has not run"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout:
         raise ValueError("attention dropout is not supported: set config.attention_dropout = 0 before training")
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError("a custom 4D attention mask is not supported: pass the 2D padding mask or none")
-    if site.neuron is not None and site.neuron.rezero:
+    if attached.neuron is not None and attached.neuron.rezero:
         query = query.clone()
-        dms.zero_neuron_(query.transpose(1, 2), key.shape[1], channel=site.neuron.channel, keep=site.attachment.keep)
+        dms.zero_neuron_(
+            query.transpose(1, 2), key.shape[1], channel=attached.neuron.channel, keep=attached.attachment.keep
+        )
     if cache is not None:
-        return cache.attend(site, hidden, (query, key, value), attention_mask, scale), None
+        return cache.attend(attached, hidden, (query, key, value), attention_mask, scale), None
     if key.shape[2] != query.shape[2]:
         raise ValueError(
             "this model is attached to sparsekv and got a cache that is not ours: "
@@ -64,13 +66,13 @@ def sparse_attention(
         if "documents" in kwargs
         else _documents(attention_mask, kwargs.get("position_ids"), query.shape)
     )
-    step = _whole_step(site, hidden, (query, key, value), attention_mask, scale)
+    step = _whole_step(attached, hidden, (query, key, value), attention_mask, scale)
     out = gate(
         query,
         key,
         value,
-        _log_keep(site, step, key),
-        window=site.policy.window(site.layer),
+        _log_keep(attached, step, key),
+        window=attached.policy.window(attached.layer),
         scale=scale,
         documents=documents,
     )
@@ -99,7 +101,7 @@ def _documents(mask: Tensor | None, position_ids: Tensor | None, shape: torch.Si
 
 
 def _whole_step(
-    site: Site, hidden: Tensor, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, scale: float
+    attached: AttachedLayer, hidden: Tensor, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, scale: float
 ) -> Step:
     rows, length = hidden.shape[:2]
     packing = packing_of((rows, length), None, hidden.device)
@@ -108,7 +110,7 @@ def _whole_step(
         pad = (~mask.bool()).int().cumprod(-1).sum(-1, dtype=torch.int32)  # left padding shifts positions
     query, key, value = (packing.pack(x) for x in qkv)
     return Step(
-        layer=site.layer,
+        layer=attached.layer,
         batch=packing.batch,
         hidden=hidden.flatten(0, 1),
         query=query,
@@ -119,16 +121,16 @@ def _whole_step(
     )
 
 
-def _log_keep(site: Site, step: Step, key: Tensor) -> Tensor | None:
+def _log_keep(attached: AttachedLayer, step: Step, key: Tensor) -> Tensor | None:
     """[B, H, S]: the gate of each key, or None where the policy forgets nothing."""
     rows, heads, length = key.shape[:3]
 
     def by_sequence(x: Tensor) -> Tensor:
-        aligned = dms.align(x.view(rows, length, -1).transpose(1, 2), site.policy.lag, fill=0)
+        aligned = dms.align(x.view(rows, length, -1).transpose(1, 2), attached.policy.lag, fill=0)
         return own_heads(aligned, heads)
 
-    gates = site.attachment.gates
-    if gates is not None and isinstance(site.policy, DMSPolicy):
-        return by_sequence(gates(step.layer, site.policy.logits(step.layer, step.hidden)))
-    marks = site.policy.marks(step)
+    gates = attached.attachment.gates
+    if gates is not None and isinstance(attached.policy, DMSPolicy):
+        return by_sequence(gates(step.layer, attached.policy.logits(step.layer, step.hidden)))
+    marks = attached.policy.marks(step)
     return None if marks is None else dms.hard_log_keep(by_sequence(marks), key.dtype)

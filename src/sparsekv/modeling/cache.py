@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from sparsekv.cache.pages import PagePool, human_bytes, parse_bytes
 from sparsekv.cache.ragged import RaggedCache
+from sparsekv.cache.rollback import Rollback
 from sparsekv.cache.stats import KVStats
 from sparsekv.modeling.attach import attachment_of
-from sparsekv.modeling.packing import Packing, packing_of
-from sparsekv.modeling.rollback import Rollback
-from sparsekv.modeling.site import PagedCache, Site
+from sparsekv.modeling.attached import AttachedLayer, PagedCache
+from sparsekv.modeling.padding import Packing, packing_of
 from sparsekv.ops.device import free_memory
 from sparsekv.ops.layout import PoolExhausted
 from sparsekv.policies import Step, decode_layer, prefill_layer
@@ -62,7 +62,7 @@ class SparseCache(PagedCache):
         self._ragged: RaggedCache | None = None
         self._forward: _Forward | None = None
         self._reads = self._peak = torch.zeros((), dtype=torch.int64)
-        super().__init__(len(self.attachment.sites))
+        super().__init__(len(self.attachment.layers))
 
     @property
     def ragged(self) -> RaggedCache:
@@ -74,44 +74,49 @@ class SparseCache(PagedCache):
     # What the attention function calls
 
     def attend(
-        self, site: Site, hidden: Tensor, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, scale: float
+        self,
+        attached: AttachedLayer,
+        hidden: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        mask: Tensor | None,
+        scale: float,
     ) -> Tensor:
         """One layer of a forward. hidden: [B, S, hidden_size]; q: [B, H * G, S, D]; k, v: [B, H, S, D]; mask: bool
         [B, columns + S] or None. Returns [B, S, H * G, D]."""
-        if site.attachment is not self.attachment:
+        if attached.attachment is not self.attachment:
             raise ValueError("this cache was made for another model or policy: make a new SparseCache(model)")
-        if site.layer == 0:
+        if attached.layer == 0:
             self._begin(qkv[1], mask)
         forward = self._forward
-        assert forward is not None and forward.next_layer == site.layer, "layers must run in order"
-        packing, pages = forward.packing, self.ragged.layer(site.layer)
+        assert forward is not None and forward.next_layer == attached.layer, "layers must run in order"
+        packing, pages = forward.packing, self.ragged.layer(attached.layer)
         query, key, value = (packing.pack(x) for x in qkv)
         step = Step(
-            layer=site.layer,
+            layer=attached.layer,
             batch=packing.batch,
             hidden=packing.pack_tokens(hidden),
             query=query,
             key=key,
             value=value,
-            seen=forward.seen[site.layer],
+            seen=forward.seen[attached.layer],
             scale=scale,
-            state=self.ragged.state[site.layer],
+            state=self.ragged.state[attached.layer],
         )
         if forward.rollback is None:
-            out, read = decode_layer(site.policy, step, pages)
+            out, read = decode_layer(attached.policy, step, pages)
             forward.reads.append(read.lengths)
         else:
-            forward.rollback.remember(site.layer, packing.batch)
+            forward.rollback.remember(attached.layer, packing.batch)
             try:
-                out = prefill_layer(site.policy, step, pages)
+                out = prefill_layer(attached.policy, step, pages)
             except PoolExhausted as shortage:
                 taken = self._undo()
                 raise ValueError(self.ragged.pool.shortage(taken + shortage.needed)) from None
-            keep = site.policy.prune(step, pages)
+            keep = attached.policy.prune(step, pages)
             if keep is not None:
-                forward.prunes.append((site.layer, keep))
+                forward.prunes.append((attached.layer, keep))
         forward.next_layer += 1
-        if forward.next_layer == len(self.attachment.sites):
+        if forward.next_layer == len(self.attachment.layers):
             self._end(forward, qkv[1].shape[2])
         return packing.unpack(out)
 
@@ -171,25 +176,25 @@ class SparseCache(PagedCache):
         if free >= ragged.lengths.numel():
             return
         needed = 0
-        for site in self.attachment.sites:
-            pages = ragged.layer(site.layer)
-            needed += int(((pages.lengths % size == 0) & site.policy.appends(pages)).sum())
+        for attached in self.attachment.layers:
+            pages = ragged.layer(attached.layer)
+            needed += int(((pages.lengths % size == 0) & attached.policy.appends(pages)).sum())
         if needed > free:
             raise ValueError(ragged.pool.shortage(needed))
 
     def _allocate(self, key: Tensor, rows: int, length: int) -> RaggedCache:
-        sites, (_, heads, _, dim) = self.attachment.sites, key.shape
+        layers, (_, heads, _, dim) = self.attachment.layers, key.shape
         page_bytes = 2 * self._page_size * dim * key.element_size()
         size = self._kv_memory
         if size is None:
             per_head = -(-self.attachment.max_tokens // self._page_size)
             most = int(SHARE_OF_FREE_MEMORY * free_memory(key.device))
-            size = min(rows * len(sites) * heads * per_head * page_bytes, most)
+            size = min(rows * len(layers) * heads * per_head * page_bytes, most)
         if size < page_bytes:
             raise ValueError(f"kv_memory of {human_bytes(size)} holds no page of {human_bytes(page_bytes)}; raise it")
         pool = PagePool(size // page_bytes, page_size=self._page_size, head_dim=dim, dtype=key.dtype, device=key.device)
-        windows = [site.policy.window(site.layer) for site in sites]
-        rewrites = [site.policy.rewrites for site in sites]
+        windows = [attached.policy.window(attached.layer) for attached in layers]
+        rewrites = [attached.policy.rewrites for attached in layers]
         return RaggedCache(pool, windows, kv_heads=heads, rows=rows, max_tokens=length, rewrites=rewrites)
 
     # What Transformers calls

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from sparsekv.modeling.embedded import resolve_model
+from sparsekv.assets.embedded import resolve_model
 
 
 def load_model(

@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekv import dms
-from sparsekv.modeling.checks import AttentionLayers
-from sparsekv.modeling.site import Site
+from sparsekv.modeling.attached import AttachedLayer
+from sparsekv.modeling.attention_layers import AttentionLayers
 
 _NORM_AFTER_ROPE = {"NanoChatAttention"}
 
 
 def as_read(logits: Tensor) -> Tensor:
-    """The source of a DMSPolicy whose sites hand over logits instead of hidden states: [T, kv_heads] -> the same."""
+    """The source of a DMSPolicy whose layers hand over logits instead of hidden states: [T, kv_heads] -> the same."""
     return logits
 
 
@@ -32,13 +32,15 @@ def check(layers: AttentionLayers, source: dms.NeuronSource) -> None:
         _query_projection(layers, index)
 
 
-def install(layers: AttentionLayers, index: int, *, site: Site, source: dms.NeuronSource) -> Callable[[], None]:
-    """Let the layer's site get its logits from the queries; returns what undoes it."""
+def install(
+    layers: AttentionLayers, index: int, *, attached: AttachedLayer, source: dms.NeuronSource
+) -> Callable[[], None]:
+    """Let the layer get its logits from the queries; returns what undoes it."""
     heads, head_dim = _query_heads(layers), layers.head_dim
 
     def read(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         transposed = _is_transposed(args[0], heads)
-        site.hidden = dms.neuron_logits(
+        attached.hidden = dms.neuron_logits(
             _by_head(output, heads, head_dim, transposed),
             layers.kv_heads,
             channel=source.channel,
@@ -46,11 +48,11 @@ def install(layers: AttentionLayers, index: int, *, site: Site, source: dms.Neur
             offset=source.offset,
         )
         output = output.clone()
-        queries, keep = _by_head(output, heads, head_dim, transposed), site.attachment.keep
+        queries, keep = _by_head(output, heads, head_dim, transposed), attached.attachment.keep
         dms.zero_neuron_(queries, layers.kv_heads, channel=source.channel, keep=keep)
         return output
 
-    site.neuron = source
+    attached.neuron = source
     return _query_projection(layers, index).register_forward_hook(read).remove
 
 

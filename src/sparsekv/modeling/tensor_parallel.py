@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import AutoConfig
 
-from sparsekv.modeling.embedded import resolve_model
+from sparsekv.assets.embedded import resolve_model
 
 
 def own_heads(gates: Tensor, heads: int) -> Tensor:

@@ -109,6 +109,13 @@ class LinearMarks:
         return torch.nn.functional.linear(self.hidden.float(), self.weight.float(), self.bias.float()) + self.offset > 0
 
 
+def ring_positions(seen: Tensor, window: int) -> Tensor:
+    """The position that each ring entry speaks of, negative where it speaks of none: seen [B] -> int32 [B, W]."""
+    entry = torch.arange(window, device=seen.device, dtype=torch.int32)
+    last = seen[:, None] - 1
+    return last - (last - entry) % window
+
+
 def check_backend(backend: str | None, device: torch.device, known: tuple[str, ...]) -> str:
     """The backend to run: the one asked for by name, else Triton on CUDA where it exists, else the reference.
 

@@ -75,7 +75,7 @@ def _evaluation(results: dict[str, Any]) -> str:
     return (
         "## What it costs\n\n"
         f"Teacher-forced on held-out text ({used['rows']} texts of {used['length']} tokens, {used['items']} retrieval "
-        f"items a cell; {results['hardware']}, through the {results['through']}, seed {results['seed']}, "
+        f"items a cell; {results['hardware']}, eviction by the {results['eviction']}, seed {results['seed']}, "
         f"{results['date']}). Pass-keys are in a template that training uses, unseen facts in templates and words that "
         "it does not. Nothing that is measured was trained on"
         + ("; each text has an offset of its own to the same ratio" if used["same_ratio"] else "")

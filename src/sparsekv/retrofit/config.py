@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from sparsekv.evals.settings import EvaluationConfig
+from sparsekv.evals.settings import CalibrationConfig, EvaluationConfig
 from sparsekv.retrofit.data_config import Source, check_data
 from sparsekv.retrofit.parse import parse, read_yaml
 
@@ -26,7 +26,6 @@ HOLDS = ("max", "random")
 BASE_LR = {"lora": 5e-4, "all": 3e-5}
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEVICES = ("auto", "cpu", "cuda")
-TARGETS = (1.1, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 
 
 def _need(condition: bool, sentence: str) -> None:
@@ -36,24 +35,6 @@ def _need(condition: bool, sentence: str) -> None:
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:
     _need(value in known, f"{name} is {value!r}; use one of {', '.join(known)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationConfig:
-    """Which ratios the offset table gets, measured on how much held-out text."""
-
-    targets: list[float] = field(default_factory=lambda: list(TARGETS))
-    """Compression ratios, window counted, at `length` tokens; those that the heads cannot reach are left out."""
-    rows: int = 16
-    length: int = 2048
-    """Tokens per row."""
-
-    def __post_init__(self) -> None:
-        _need(bool(self.targets), "calibration.targets is empty; name ratios such as 2, 4, 8")
-        low = min(self.targets)
-        _need(low > 1, f"calibration.targets has {low:g}; a ratio is tokens seen over tokens held, so use more than 1")
-        _need(self.rows >= 1, f"calibration.rows is {self.rows}; use at least 1")
-        _need(self.length >= 2, f"calibration.length is {self.length}; use at least 2 tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

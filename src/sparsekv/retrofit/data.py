@@ -17,7 +17,7 @@ from sparsekv.evals.corpus import Corpus
 from sparsekv.evals.items import ItemBuilder
 from sparsekv.retrofit.documents import Documents
 from sparsekv.retrofit.packing import Row, fill, pack
-from sparsekv.retrofit.retrieval import training_item
+from sparsekv.retrofit.retrieval_rows import training_item
 
 
 class Rows(Protocol):

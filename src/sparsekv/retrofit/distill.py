@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from sparsekv import dms
-from sparsekv.modeling import modes
+from sparsekv.modeling import contexts
 from sparsekv.modeling.attach import attachment_of
-from sparsekv.modeling.modes import SoftGates
-from sparsekv.modeling.states import Divergence, SplitModel
+from sparsekv.modeling.contexts import SoftGates
+from sparsekv.modeling.split import Divergence, SplitModel
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.retrofit.config import RetrofitConfig
 
@@ -55,14 +55,14 @@ class Draw:
 
 
 class Distillation(nn.Module):
-    """student: attached with DMS and within modes.soft; teacher: None where the student's frozen base is one."""
+    """student: attached with DMS and within contexts.soft; teacher: None where the student's frozen base is one."""
 
     def __init__(
         self, student: PreTrainedModel, config: RetrofitConfig, *, teacher: PreTrainedModel | None = None
     ) -> None:
         super().__init__()
         self.student, self.teacher, self.settings = student, teacher, config
-        with modes.original(student), torch.no_grad():
+        with contexts.original(student), torch.no_grad():
             self.split = SplitModel(student)
         self.teacher_split = None if teacher is None else SplitModel(teacher)
         self.divergence = _DIVERGENCES[config.divergence]
@@ -82,7 +82,7 @@ class Distillation(nn.Module):
         processes."""
         attachment, config = attachment_of(self.student), self.settings
         gates, policy = attachment.gates, attachment.policy
-        assert isinstance(gates, SoftGates) and isinstance(policy, DMSPolicy), "training runs within modes.soft"
+        assert isinstance(gates, SoftGates) and isinstance(policy, DMSPolicy), "training runs within contexts.soft"
         policy.offset, attachment.keep = self.offset_for(draw), draw.keep or 0.0
         with self._autocast(input_ids.device):
             teacher = self._teach(input_ids, documents)
@@ -123,7 +123,7 @@ class Distillation(nn.Module):
     def _teach(self, ids: Tensor, documents: Tensor | None) -> Tensor:
         if self.teacher_split is not None:
             return self.teacher_split.hidden(ids, documents=documents)
-        with modes.original(self.student):
+        with contexts.original(self.student):
             return self.split.hidden(ids, documents=documents)
 
     def _diverge(self, teacher: Tensor, student: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sparsekv.assets.texts import split
 from sparsekv.evals.corpus import load_documents
-from sparsekv.modeling.texts import split
 from sparsekv.retrofit.data_config import Source
 from sparsekv.retrofit.own_text import own_text
 

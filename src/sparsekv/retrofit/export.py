@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sparsekv.assets.embedded import resolve_model
 from sparsekv.modeling.adapter import HEAD, PREFIX, AdapterConfig, load_adapter, write_adapter
-from sparsekv.modeling.embedded import resolve_model
 from sparsekv.modeling.lora import MergedLora
 from sparsekv.retrofit.peft import peft_name
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from sparsekv.modeling.fetched import cache_folder, documents_once
+from sparsekv.assets.fetched import cache_folder, documents_once
 from sparsekv.modeling.load import load_model
 from sparsekv.ops.device import free_memory
 from sparsekv.retrofit.data_config import Source

@@ -21,6 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsekv.evals.calibrate import fill_table
 from sparsekv.evals.corpus import Corpus, other_documents
 from sparsekv.evals.evaluate import Point, Score, describe, evaluate
 from sparsekv.modeling.adapter import CONFIG_FILE, read_adapter
@@ -28,7 +29,6 @@ from sparsekv.modeling.attach import attach
 from sparsekv.modeling.load import load_model, load_tokenizer
 from sparsekv.modeling.tensor_parallel import check_shared
 from sparsekv.provenance import environment
-from sparsekv.retrofit.calibrate import fill_table
 from sparsekv.retrofit.card import model_card
 from sparsekv.retrofit.checkpoint import CHECKPOINTS, told
 from sparsekv.retrofit.config import RetrofitConfig, load_config, save_config
@@ -225,7 +225,7 @@ def _evaluate(
     about = {
         "model": config.model,
         "data": describe_data(config.data),
-        "through": settings.through,
+        "eviction": settings.eviction,
         "date": time.strftime("%Y-%m-%d"),
         **provenance(model, config),
         "seed": settings.seed,

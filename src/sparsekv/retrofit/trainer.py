@@ -27,7 +27,7 @@ from transformers import (
 from transformers.trainer import SCHEDULER_NAME
 
 from sparsekv.dms import NeuronSource
-from sparsekv.modeling import modes
+from sparsekv.modeling import contexts
 from sparsekv.modeling.adapter import HEAD, AdapterConfig, base_shape
 from sparsekv.modeling.attach import attachment_of, heads
 from sparsekv.modeling.compiled import compiled_layers
@@ -37,9 +37,9 @@ from sparsekv.retrofit.config import RetrofitConfig
 from sparsekv.retrofit.data import Blend
 from sparsekv.retrofit.distill import Distillation, Draw
 from sparsekv.retrofit.export import export
-from sparsekv.retrofit.goal import Progress, channel_kept, goal
 from sparsekv.retrofit.metrics import MetricsCallback
 from sparsekv.retrofit.peft import add_lora
+from sparsekv.retrofit.target import Progress, channel_kept, step_target
 
 
 def train(
@@ -56,7 +56,7 @@ def train(
     a Distillation's parameters, on the CPU. Raises ValueError for a loss that is not finite or heads that get no
     gradient.
     """
-    with modes.soft(model, tau=config.tau, shared=config.granularity == "layer"):
+    with contexts.soft(model, tau=config.tau, shared=config.granularity == "layer"):
         trainer = RetrofitTrainer(model, rows, config, teacher=teacher, progress=progress)
         newest = checkpoints.newest(Path(config.output))
         with compiled_layers(model):
@@ -129,7 +129,7 @@ def whole(gradient: Tensor | None) -> Tensor | None:
 
 
 class RetrofitTrainer(Trainer):
-    """See the module. model: attached with DMS and within modes.soft."""
+    """See the module. model: attached with DMS and within contexts.soft."""
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class RetrofitTrainer(Trainer):
     ) -> Tensor:
         """inputs: input_ids and, where rows are packed, documents, int64 [B, S] -> the scalar loss."""
         step = self.state.global_step + 1
-        target, full = goal(self.retrofit, step)
+        target, full = step_target(self.retrofit, step)
         alike = self.retrofit.tensor_parallel
         part = len(self._made) * (self.args.world_size // alike) + self.args.process_index // alike
         seed = self.retrofit.seed * 1_000_003 + step
@@ -240,7 +240,7 @@ class RetrofitTrainer(Trainer):
             )
         if not self._gradient_seen:
             self._check_gradients()
-        target, full = goal(self.retrofit, step)
+        target, full = step_target(self.retrofit, step)
         fraction = sum(fractions) / len(fractions)
         if full is None:
             self.progress.check(fraction, target)

@@ -13,7 +13,7 @@ import sparsekv
 from helpers import tiny_model, tokens
 from sparsekv.dms import NeuronSource, visible
 from sparsekv.modeling.adapter import read_adapter
-from sparsekv.modeling.importers import checkpoint, convert
+from sparsekv.modeling.importers import convert, foreign
 from written_out import Neuron, decoder, rms_norm
 
 W = 3
@@ -177,8 +177,8 @@ def test_the_published_window_of_512_is_513(tmp_path):
 def test_reads_no_more_than_it_needs(tmp_path, monkeypatch):
     student, read = Student(tmp_path), []
     arguments = student.save("shards")
-    real = checkpoint._Lazy.__getitem__
-    monkeypatch.setattr(checkpoint._Lazy, "__getitem__", lambda self, name: read.append(name) or real(self, name))
+    real = foreign._Lazy.__getitem__
+    monkeypatch.setattr(foreign._Lazy, "__getitem__", lambda self, name: read.append(name) or real(self, name))
     convert("nvidia", **arguments, dst=tmp_path / "adapter")
     assert read and all("dms_proj_alpha" in name or "input_layernorm" in name for name in read)
 

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsekv.ops.layout import Batch, LayerPages, LinearMarks, batch_of
+from sparsekv.ops.layout import Batch, LayerPages, LinearMarks, batch_of, ring_positions
 from sparsekv.ops.place import place
-from sparsekv.ops.place.reference import ring_positions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, DIM = 2, 5

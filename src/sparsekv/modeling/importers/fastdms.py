@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsekv.modeling.adapter import AdapterConfig
-from sparsekv.modeling.importers.checkpoint import Checkpoint, Settings, read_json
+from sparsekv.modeling.importers.foreign import Checkpoint, Settings, read_json
 from sparsekv.modeling.importers.nvidia import neuron_of
 
 _ALIASES = {

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparsekv.dms import NeuronSource
 from sparsekv.modeling.adapter import HEAD, PREFIX, AdapterConfig
-from sparsekv.modeling.importers.checkpoint import Checkpoint, Settings
+from sparsekv.modeling.importers.foreign import Checkpoint, Settings
 
 _TRAINER = "student_model."
 _HEADS = "dms_proj_alpha"

@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsekv.ops.dots import dot_type
+from sparsekv.ops.dot_type import dot_type
 from sparsekv.ops.gate import kernels
 from sparsekv.ops.gate.cuts import Cut, GateConfig, config_of
 from sparsekv.ops.gate.spans import spans_of

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsekv.ops.device import processors
-from sparsekv.ops.dots import dot_type
+from sparsekv.ops.dot_type import dot_type
 from sparsekv.ops.launch import dependent, follow, take_turn
 
 MOST_TOKENS = 32

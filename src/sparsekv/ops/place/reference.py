@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparsekv.ops.layout import Batch, LayerPages, PoolExhausted
+from sparsekv.ops.layout import Batch, LayerPages, PoolExhausted, ring_positions
 
 
 def align_marks(layer: LayerPages, batch: Batch, decisions: Tensor, lag: int) -> Tensor:
@@ -110,13 +110,6 @@ def place_many(layer: LayerPages, batch: Batch, k: Tensor, v: Tensor, marks: Ten
         layer.ring[rows[b], h, entry] = slot[b, h, s] << 1 | mark[b, h, s].int()
     layer.lengths[rows] = new_length
     layer.seen[rows] = end
-
-
-def ring_positions(seen: Tensor, window: int) -> Tensor:
-    """The position that each ring entry speaks of, negative where it speaks of none: seen [B] -> int32 [B, W]."""
-    entry = torch.arange(window, device=seen.device, dtype=torch.int32)
-    last = seen[:, None] - 1
-    return last - (last - entry) % window
 
 
 def expired(layer: LayerPages, rows: Tensor, seen: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparsekv.ops.decode.reference import gather_slots
-from sparsekv.ops.layout import Batch, LayerPages
-from sparsekv.ops.place.reference import ring_positions
+from sparsekv.ops.layout import Batch, LayerPages, ring_positions
 
 NEVER = 2**31 - 1
 BLOCK = 256

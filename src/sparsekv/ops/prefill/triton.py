@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsekv.ops.device import shared_memory
-from sparsekv.ops.dots import dot_type
+from sparsekv.ops.dot_type import dot_type
 from sparsekv.ops.layout import Batch, LayerPages
 from sparsekv.ops.prefill.compact import aligned, index_ring, pack_kept, strides
 

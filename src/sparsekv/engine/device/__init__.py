@@ -1,0 +1,1 @@
+"""Runs what was decided: the only part of the engine that touches the device."""

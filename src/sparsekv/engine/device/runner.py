@@ -1,0 +1,236 @@
+"""Runs what the scheduler decided. It alone touches the device.
+
+A step is one packed forward [1, T]: the last token of each decoding row, which never leaves the device, then chunks of
+prompts. Decode-only steps on a GPU replay a CUDA graph. Nothing here waits for the device but Pending.result() and the
+operations that change rows: release, fork, swap.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsekv.cache.ragged import RaggedCache
+from sparsekv.cache.swap import SwappedRow, swap_in, swap_out
+from sparsekv.engine.device.cache import EngineCache, Part
+from sparsekv.engine.device.graphs import DecodeGraphs
+from sparsekv.engine.device.history import TokenHistory
+from sparsekv.engine.device.sampler import SamplingBatch, sample, sampling_batch, upload
+from sparsekv.engine.schedule.ledger import Lengths
+from sparsekv.engine.schedule.request import Sequence
+from sparsekv.engine.schedule.scheduler import Chunk, RunStep
+from sparsekv.ops.layout import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step left, on the host; S samples."""
+
+    tokens: list[int]
+    logprobs: list[tuple[float, int, list[float], list[int]]] | None
+    """Per sample: the token's log-probability and rank, the most probable ones' and their ids."""
+    lengths: Lengths
+    """int32 [layers, rows, kv_heads]."""
+    free: int
+    reads: NDArray[np.int64] | None
+    """int64 [rows]: tokens that each row ever read, where that is not what they hold."""
+
+
+class Pending:
+    """A step under way: copies to the host that have been enqueued."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = {name: _start_copy(tensor) for name, tensor in tensors.items()}
+        self._event = None
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def result(self) -> StepResult:
+        """Waits for the device."""
+        if self._event is not None:
+            self._event.synchronize()
+        t = self._tensors
+        logprobs = None
+        if "logprob" in t:
+            parts = (t[name].tolist() for name in ("logprob", "rank", "top", "ids"))
+            logprobs = list(zip(*parts, strict=True))
+        return StepResult(
+            tokens=t["tokens"].tolist(),
+            logprobs=logprobs,
+            lengths=t["lengths"].numpy(),
+            free=int(t["free"]),
+            reads=t["reads"].numpy() if "reads" in t else None,
+        )
+
+
+class Runner:
+    """model: attached, in evaluation mode; cache: over rows that are all empty; graphs: for decode-only steps."""
+
+    def __init__(self, model: PreTrainedModel, cache: EngineCache, *, graphs: DecodeGraphs | None = None) -> None:
+        self.model: Any = model
+        self.cache = cache
+        self.ragged: RaggedCache = cache.ragged
+        self.device = self.ragged.lengths.device
+        self.graphs = graphs
+        self.history = TokenHistory(self.ragged.rows, self.device)
+        self.last_token = torch.zeros(self.ragged.rows, dtype=torch.int64, device=self.device)
+        self._batch: tuple[list[Sequence], SamplingBatch] | None = None
+
+    # A step
+
+    @torch.no_grad()
+    def execute(self, step: RunStep) -> Pending:
+        """Enqueue a step. Returns at once on a GPU."""
+        decodes, chunks, samples = step.decodes, step.chunks, step.samples
+        flat = [s.row_() for s in decodes] + [s.placed for s in decodes] + [s.total for s in samples]
+        rows, positions, targets = upload(flat, torch.int64, self.device).split(
+            [len(decodes), len(decodes), len(samples)]
+        )
+        if chunks or self.graphs is None:
+            logits = self._forward(rows, positions, chunks)
+        else:
+            logits = self.graphs.run(self.last_token[rows], rows, positions)
+        tensors = self._sample(logits, samples, chunks, targets) if samples else {"tokens": targets}
+        tensors |= {"lengths": self.ragged.lengths, "free": self.ragged.pool.free_count}
+        if self.cache.reads is not None:
+            tensors["reads"] = self.cache.reads
+        return Pending(tensors)
+
+    def _forward(self, rows: Tensor, positions: Tensor, chunks: list[Chunk]) -> Tensor:
+        """Logits [samples' sources, vocab]: of each decode, and of the last token of each prompt that is complete."""
+        n, ids = len(rows), self.last_token[rows]
+        keep = torch.arange(n, device=self.device)
+        decode = None
+        if n:
+            starts = torch.arange(n + 1, dtype=torch.int32, device=self.device)
+            decode = Part(batch=Batch(rows=rows, starts=starts, longest=1), seen=positions.int(), tokens=n)
+        prefill = None
+        if chunks:
+            prefill, new_ids, new_positions, ends = self._chunks(chunks, n)
+            ids, positions = torch.cat([ids, new_ids]), torch.cat([positions, new_positions])
+            keep = torch.cat([keep, ends])
+        self.cache.parts = (decode, prefill)
+        logits = self.model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        ).logits[0]
+        self.cache.end_forward()
+        return logits
+
+    def _chunks(self, chunks: list[Chunk], first: int) -> tuple[Part, Tensor, Tensor, Tensor]:
+        """The part, token ids and positions [T], and where the complete prompts end, `first` tokens further on."""
+        counts = [c.count for c in chunks]
+        starts = np.cumsum([0, *counts]).tolist()
+        ids = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.count]]
+        at = [p for c in chunks for p in range(c.start, c.start + c.count)]
+        ends = [first + end - 1 for c, end in zip(chunks, starts[1:], strict=True) if c.samples]
+        b, t = len(chunks), len(ids)
+        flat = [c.sequence.row_() for c in chunks] + [c.start for c in chunks] + starts + ends + ids + at
+        rows, seen, offsets, end, ids, at = upload(flat, torch.int64, self.device).split([b, b, b + 1, len(ends), t, t])
+        # At least 2: a chunk of one token is still prefill, not a decode step.
+        batch = Batch(rows=rows, starts=offsets.int(), longest=max(2, *counts))
+        return Part(batch=batch, seen=seen.int(), tokens=t), ids, at, end
+
+    def _sample(
+        self, logits: Tensor, samples: list[Sequence], chunks: list[Chunk], positions: Tensor
+    ) -> dict[str, Tensor]:
+        for chunk in chunks:
+            if chunk.samples and chunk.sequence.request.params.penalised:
+                self._load_history(chunk.sequence)
+        if len(logits) < len(samples):  # several samples start from one prompt
+            logits = logits[upload(_sources(samples), torch.int64, self.device)]
+        batch = self._sampling_batch(samples)
+        sampled = sample(logits, batch, positions=positions, history=self.history, banned=self._banned(samples))
+        rows, tokens = batch.rows, sampled.tokens
+        owners = [i for i, s in enumerate(samples) if s.row is not None]
+        if len(owners) < len(samples):
+            index = upload(owners, torch.int64, self.device)
+            rows, tokens = rows[index], tokens[index]
+        self.last_token[rows] = tokens
+        self.history.add(rows, tokens)
+        if sampled.logprobs is None:
+            return {"tokens": sampled.tokens}
+        return {"tokens": sampled.tokens} | dict(zip(("logprob", "rank", "top", "ids"), sampled.logprobs, strict=True))
+
+    def _sampling_batch(self, samples: list[Sequence]) -> SamplingBatch:
+        if self._batch is None or self._batch[0] != samples or any(s.row is None for s in samples):
+            self._batch = samples, sampling_batch(samples, self.device)
+        return self._batch[1]
+
+    def _banned(self, samples: list[Sequence]) -> tuple[Tensor, Tensor] | None:
+        """(sample, token) pairs that would end a sample before its min_tokens."""
+        pairs = [
+            (i, t) for i, s in enumerate(samples) if s.sampled < s.request.params.min_tokens for t in s.request.stop_ids
+        ]
+        if not pairs:
+            return None
+        sample_, token = upload(pairs, torch.int64, self.device).unbind(-1)
+        return sample_, token
+
+    # Rows
+
+    def assign(self, sequence: Sequence) -> None:
+        """The sequence's row has just been forked or swapped in: give the device what it needs to go on."""
+        self._batch = None
+        if sequence.decoding:
+            self.last_token[sequence.row_()] = sequence.tokens[-1]
+            if sequence.request.params.penalised:
+                self._load_history(sequence)
+
+    def _load_history(self, sequence: Sequence) -> None:
+        vocab = self.model.config.get_text_config(decoder=True).vocab_size
+        self.history.load(sequence.row_(), sequence.request.prompt, sequence.output, vocab=vocab)
+
+    @torch.no_grad()
+    def release(self, rows: list[int]) -> None:
+        """Free the pages of rows."""
+        self._batch = None
+        self.ragged.release(torch.tensor(rows, device=self.device))
+
+    def fork_cost(self, row: int) -> int:
+        """Pages that a copy of the row takes."""
+        return self.ragged.fork_cost(torch.tensor([row], device=self.device))
+
+    @torch.no_grad()
+    def fork(self, row: int, targets: list[int]) -> None:
+        """Make empty rows exact copies of `row`."""
+        to = torch.tensor(targets, device=self.device)
+        self.ragged.fork(torch.full_like(to, row), to)
+
+    @torch.no_grad()
+    def swap_out(self, row: int) -> SwappedRow:
+        """A copy of the row in host memory; the row stays."""
+        return swap_out(self.ragged, row)
+
+    @torch.no_grad()
+    def swap_in(self, row: int, swapped: SwappedRow) -> None:
+        """Fill an empty row from host memory."""
+        swap_in(self.ragged, row, swapped)
+
+    def account(self) -> tuple[Lengths, int]:
+        """Lengths and free pages now. Waits for the device."""
+        return self.ragged.lengths.to("cpu", copy=True).numpy(), self.ragged.pool.pages_free
+
+
+def _sources(samples: list[Sequence]) -> list[int]:
+    """For each sample, which row of the logits it is drawn from: its own, or that of its request's first sample."""
+    sources: list[int] = []
+    for sequence in samples:
+        own = sequence.row is not None
+        sources.append((sources[-1] + 1 if sources else 0) if own else sources[-1])
+    return sources
+
+
+def _start_copy(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

@@ -1,0 +1,1 @@
+"""Decides what runs next, on the host alone: nothing here imports torch."""

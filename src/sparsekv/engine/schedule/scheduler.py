@@ -1,0 +1,218 @@
+"""Which sequences run in the next step: continuous batching, chunked prefill, a token budget and a page budget.
+
+Decodes first, all of them; then prompts in order of arrival, in chunks of what the budgets leave. The pool cannot run
+dry inside a step: each step is planned with the most pages that it can take. Where decodes alone do not surely fit, the
+latest sequence is swapped to host memory; it comes back before anything new is let in. A newcomer must leave each
+running sequence one page per head, which is a step of the worst case and the slack that keeps swaps rare.
+
+It decides and does nothing: no torch here. The engine carries out an action and asks again.
+"""
+
+from bisect import insort
+from dataclasses import dataclass, field
+
+from sparsekv.engine.schedule.ledger import Ledger
+from sparsekv.engine.schedule.request import Request, Sequence, Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """`count` tokens of a prompt, from `start` on."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: list[Sequence]
+    """Where the prompt is complete: the samples that start from it, this sequence first. Else empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStep:
+    """One forward: a token of each of `decodes`, and chunks of prompts."""
+
+    decodes: list[Sequence] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def samples(self) -> list[Sequence]:
+        """The sequences that get a token, in order: decodes, then every sample of each prompt that is complete."""
+        return self.decodes + [s for chunk in self.chunks for s in chunk.samples]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapOut:
+    sequence: Sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapIn:
+    sequence: Sequence
+    row: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GiveUp:
+    """The pool cannot hold one token more of this sequence, though it is alone."""
+
+    sequence: Sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settle:
+    """Read back the step in flight first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idle:
+    """Nothing to do."""
+
+
+Action = RunStep | SwapOut | SwapIn | GiveUp | Settle | Idle
+
+
+class Scheduler:
+    """ledger: the account of the pool; max_tokens: the token budget of a step; ratio: the compression ratio to expect
+    before any has been measured."""
+
+    def __init__(self, ledger: Ledger, *, rows: int, max_tokens: int, ratio: float = 1.0) -> None:
+        self.ledger = ledger
+        self.max_tokens = max_tokens
+        self.ratio = ratio
+        self.best_ratio = ratio
+        self.free_rows = list(range(rows - 1, -1, -1))
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.swapped: list[Sequence] = []
+
+    # What comes and goes
+
+    def add(self, sequence: Sequence) -> None:
+        """A sequence that waits or is swapped out."""
+        insort(self.swapped if sequence.status is Status.SWAPPED else self.waiting, sequence, key=_priority)
+
+    def start(self, sequence: Sequence, row: int) -> None:
+        """Give a sequence a row."""
+        self.free_rows.remove(row)
+        sequence.row, sequence.status = row, Status.RUNNING
+        insort(self.running, sequence, key=_priority)
+
+    def remove(self, sequence: Sequence) -> int | None:
+        """Take a sequence out, wherever it is; returns the row that it owned."""
+        for queue in (self.waiting, self.running, self.swapped):
+            if sequence in queue:
+                queue.remove(sequence)
+        row, sequence.row = sequence.row, None
+        if row is not None:
+            self.free_rows.append(row)
+        return row
+
+    def issued(self, step: RunStep) -> None:
+        """The step has been given to the device."""
+        samples = step.samples
+        tokens = {s.row_(): 1 for s in step.decodes} | {c.sequence.row_(): c.count for c in step.chunks}
+        for sequence in step.decodes:
+            sequence.placed += 1
+        for chunk in step.chunks:
+            chunk.sequence.placed += chunk.count
+        for sequence in samples:
+            sequence.sampled += 1
+        self.ledger.issue(tokens)
+
+    def observe_ratio(self) -> None:
+        """Update the expected ratio from what the running sequences hold."""
+        rows = [s for s in self.running if s.placed > 0]
+        held = int(self.ledger.lengths[:, [s.row_() for s in rows]].sum()) if rows else 0
+        if held:
+            self.ratio = max(1.0, sum(s.placed for s in rows) * self.ledger.heads / held)
+            self.best_ratio = max(self.best_ratio, self.ratio)
+
+    def pages_needed(self, request: Request) -> int:
+        """Pages that one sample needs at the best ratio to be hoped for. More than the pool: it can never fit."""
+        new = 1 if request.params.max_tokens is None else request.most_new
+        return self.ledger.estimate(len(request.prompt) + new - 1, self.best_ratio)
+
+    # What to do next
+
+    def decide(self, *, in_flight: bool) -> Action:
+        """The next action. in_flight: a step is not read back yet; then only a RunStep may follow it."""
+        ready = [s for s in self.running if s.decoding and not s.exhausted]
+        free = self.ledger.available() - self.ledger.growth([s.row_() for s in ready], 1)
+        if free < 0:
+            return self._make_room(in_flight)
+        if self.swapped and self._fits_swapped(free):
+            return Settle() if in_flight else SwapIn(sequence=self.swapped[0], row=self.free_rows[-1])
+        chunks = self._chunks(ready, free)
+        if ready or chunks:
+            return RunStep(decodes=ready, chunks=chunks)
+        if in_flight:
+            return Settle()
+        if self.running:
+            return self._make_room(in_flight)
+        return GiveUp(sequence=self.swapped[0]) if self.swapped else Idle()
+
+    def forks(self, cost: int) -> int:
+        """How many copies of a prefilled row, of `cost` pages each, may start at once."""
+        heads = self.ledger.heads
+        room = self.ledger.available() - heads * len(self.running)
+        return max(0, min(len(self.free_rows), room // (cost + heads)))
+
+    def _make_room(self, in_flight: bool) -> Action:
+        if in_flight:
+            return Settle()
+        if len(self.running) > 1:
+            return SwapOut(sequence=self.running[-1])
+        return GiveUp(sequence=self.running[0])
+
+    def _fits_swapped(self, free: int) -> bool:
+        sequence = self.swapped[0]
+        if not self.free_rows or sequence.swapped is None:
+            return False
+        step = self.ledger.growth_from(sequence.swapped.lengths.numpy(), 1)
+        return sequence.swapped.pages + max(step, self._reserve()) <= free
+
+    def _reserve(self) -> int:
+        """Pages that a newcomer must leave free: one per head for each sequence that runs, and for itself."""
+        return self.ledger.heads * (len(self.running) + 1) if self.running else 0
+
+    def _chunks(self, ready: list[Sequence], free: int) -> list[Chunk]:
+        rows, budget, chunks = [s.row_() for s in ready], self.max_tokens - len(ready), []
+        spare = free + self.ledger.growth(rows, 1) - self.ledger.growth(rows, 2)
+        expected = 0
+        for sequence in [s for s in self.running if not s.decoding]:
+            count = self.ledger.fit(sequence.row_(), min(sequence.remaining, budget), spare) if budget > 0 else 0
+            expected += self._expected(sequence, count)
+            if count > 0:
+                chunks.append(_chunk(sequence, count))
+                spare -= self.ledger.growth([sequence.row_()], count)
+                budget -= count
+        while self.waiting and budget > 0 and self.free_rows and not self.swapped:
+            sequence = self.waiting[0]
+            if self.running and self._expected(sequence, 0) + expected + self._reserve() > spare:
+                break
+            row = self.free_rows[-1]
+            count = self.ledger.fit(row, min(sequence.remaining, budget), spare)
+            if count == 0:
+                break
+            self.waiting.pop(0)
+            self.start(sequence, row)
+            expected += self._expected(sequence, count)
+            chunks.append(_chunk(sequence, count))
+            spare -= self.ledger.growth([row], count)
+            budget -= count
+        return chunks
+
+    def _expected(self, sequence: Sequence, chunk: int) -> int:
+        """Pages that the rest of a prompt will take after this chunk, at the expected ratio."""
+        ledger, done = self.ledger, sequence.placed + chunk
+        return ledger.estimate(sequence.total, self.ratio) - ledger.estimate(done, self.ratio)
+
+
+def _chunk(sequence: Sequence, count: int) -> Chunk:
+    samples = []
+    if count == sequence.remaining:
+        samples = [sequence, *(s for s in sequence.request.sequences if s.status is Status.PENDING)]
+    return Chunk(sequence=sequence, start=sequence.placed, count=count, samples=samples)
+
+
+def _priority(sequence: Sequence) -> tuple[int, int]:
+    return sequence.priority

@@ -1,0 +1,97 @@
+"""What attach() leaves on each attention module: which policy governs it, and the forward it is in."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from sparsekv.dms import NeuronSource
+from sparsekv.modeling.lora import Lora
+from sparsekv.policies import Policy
+
+ATTACHED = "sparsekv_layer"
+"""The attribute of an attention module that holds its AttachedLayer."""
+ATTACHMENT = "sparsekv_attachment"
+"""The attribute of an attached model that holds its Attachment."""
+
+
+@dataclass(kw_only=True)
+class AttachedLayer:
+    """One attention layer of an attached model."""
+
+    layer: int
+    policy: Policy
+    attachment: "Attachment"
+    hidden: Tensor | None = None
+    """What the policy decides from, in the forward under way: the layer's input [B, S, hidden_size] or, with a neuron
+    source, the logits [B, S, kv_heads] that it read."""
+    cache: "PagedCache | None" = None
+    neuron: NeuronSource | None = None
+
+
+class _Columns(CacheLayerMixin):
+    """What Transformers asks of a layer: how many columns it has seen. The tokens live in the ragged cache."""
+
+    is_sliding = False
+
+    def __init__(self, cache: "PagedCache") -> None:
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class PagedCache(Cache):
+    """A Cache that attends for itself, in pages: SparseCache, and the engine's. layers: how many the model has."""
+
+    def __init__(self, layers: int) -> None:
+        self.columns = 0
+        super().__init__(layers=[_Columns(self) for _ in range(layers)])
+
+    @abstractmethod
+    def attend(
+        self,
+        attached: AttachedLayer,
+        hidden: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        mask: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """One layer of a forward. hidden: [B, S, hidden_size]; q: [B, H * G, S, D]; k, v: [B, H, S, D]; mask: bool
+        [B, columns + S] or None. Returns [B, S, H * G, D]."""
+
+
+@dataclass(kw_only=True)
+class Attachment:
+    """What attach() did to a model, and what detach() undoes."""
+
+    policy: Policy
+    kv_heads: int
+    head_dim: int
+    max_tokens: int
+    """The model's context length."""
+    layers: list[AttachedLayer] = field(default_factory=list)
+    gates: Callable[[int, Tensor], Tensor] | None = None
+    """In training: (layer, logits) -> log(1 - alpha), see contexts.soft."""
+    keep: float = 0.0
+    """The share of a neuron source's channel that attention still sees, while a model is taught to do without it."""
+    lora: Lora | None = None
+    """What the adapter adds to the weights."""
+    undo: list[Callable[[], Any]] = field(default_factory=list)

@@ -1,0 +1,90 @@
+"""How an attached model forwards without a cache: hard marks (the default), eviction off, or training's soft gate."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsekv import dms
+from sparsekv.modeling.attach import attachment_of
+from sparsekv.policies import Policy
+
+
+@dataclass(kw_only=True)
+class SoftGates:
+    """Gumbel-sigmoid gates with temperature tau; remembers what they drew.
+
+    With a seed, the noise is decided by (seed, layer, row of the whole batch) alone: a layer that gradient
+    checkpointing runs again draws the same, and the ranks of a distributed run draw together what one process would.
+    """
+
+    tau: float
+    seed: int | None = None
+    shared: bool = False
+    """One draw for all KV heads of a layer: its heads decide alike."""
+    part: int = 0
+    parts: int = 1
+    """This forward's batch is piece `part` of `parts` equal pieces of the whole batch."""
+    gates: dict[int, Tensor] = field(default_factory=dict)
+    """By governed layer, float32 [B * S, kv_heads]: l; alpha = sigmoid(l), a hard mark is l > 0."""
+
+    def __call__(self, layer: int, logits: Tensor) -> Tensor:
+        gate = (logits + self._noise(layer, logits)) / self.tau
+        self.gates.setdefault(layer, gate)  # not what gradient checkpointing runs again
+        return dms.log_keep(gate)
+
+    def begin(self, *, seed: int, part: int = 0, parts: int = 1) -> None:
+        """Forget the last forward's gates; the next one draws from this seed."""
+        self.seed, self.part, self.parts = seed, part, parts
+        self.gates = {}
+
+    def _noise(self, layer: int, logits: Tensor) -> Tensor:
+        tokens, heads = logits.shape
+        shape = (self.parts * tokens, 1 if self.shared else heads)
+        generator = None
+        if self.seed is not None:
+            generator = torch.Generator(device=logits.device).manual_seed(self.seed * 1009 + layer)
+        noise = dms.logistic(shape, generator=generator, device=logits.device)
+        return noise[self.part * tokens : (self.part + 1) * tokens]
+
+
+@contextmanager
+def soft(model: PreTrainedModel, *, tau: float, seed: int | None = None, shared: bool = False) -> Iterator[SoftGates]:
+    """Within, cache-free forwards use the soft gate; yields the gates they draw. The backward of a model with gradient
+    checkpointing must be within too."""
+    attachment = attachment_of(model)
+    attachment.gates = SoftGates(tau=tau, seed=seed, shared=shared)
+    try:
+        yield attachment.gates
+    finally:
+        attachment.gates = None
+
+
+@contextmanager
+def dense(model: PreTrainedModel) -> Iterator[None]:
+    """Within, nothing is forgotten (a model's own sliding windows stay)."""
+    attachment = attachment_of(model)
+    governed = [attached for attached in attachment.layers if attached.policy is attachment.policy]
+    for attached in governed:
+        attached.policy = Policy()
+    try:
+        yield
+    finally:
+        for attached in governed:
+            attached.policy = attachment.policy
+
+
+@contextmanager
+def original(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the model is what it was before attach: nothing is forgotten, an adapter's LoRA is out and
+    a neuron source's channel is in."""
+    attachment = attachment_of(model)
+    kept, attachment.keep = attachment.keep, 1.0
+    try:
+        with dense(model), nullcontext() if attachment.lora is None else attachment.lora.out():
+            yield
+    finally:
+        attachment.keep = kept

@@ -1,0 +1,1 @@
+"""Grids of runs, each measured alike, and the pages that show them."""

@@ -1,0 +1,127 @@
+"""Make the runs of a study one after the other and measure each alike: one JSON line a run and point.
+
+A point is either a ratio that an offset was dialled to, for each text by itself, or `end`: the heads as training left
+them. A run's lines are written when it is complete; what the file holds is not made again, and a run that was stopped
+goes on from its last checkpoint.
+"""
+
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekv.evals.corpus import other_documents
+from sparsekv.evals.evaluate import Point, describe, evaluate
+from sparsekv.modeling.adapter import read_adapter
+from sparsekv.modeling.attach import heads
+from sparsekv.retrofit import run as retrofit
+from sparsekv.retrofit.data_config import texts_of
+from sparsekv.retrofit.documents import held_out, read_all
+from sparsekv.retrofit.metrics import METRICS_FILE
+from sparsekv.studies.ablations.controls import CONTROLS
+from sparsekv.studies.ablations.study import BASE, Run, Study
+
+RESULTS = "ablations.jsonl"
+
+Say = Callable[[str], None]
+
+
+def perform(
+    study: Study,
+    out: Path,
+    *,
+    only: Sequence[str] | None = None,
+    seconds: float = float("inf"),
+    run_seconds: float = float("inf"),
+    say: Say = lambda text: print(text, file=sys.stderr, flush=True),
+) -> None:
+    """Make the runs (those named in `only`, and the base where a control needs it) that out/ablations.jsonl lacks.
+
+    seconds: no further run is begun after this time. run_seconds: a run is left out where the steps so far say that its
+    training would take longer. Raises ValueError for unknown names and what a retrofit cannot do.
+    """
+    unknown = sorted(set(only or ()) - set(study.runs))
+    if unknown:
+        raise ValueError(f"unknown runs {', '.join(unknown)}; the study has {', '.join(study.runs)}")
+    deadline = time.monotonic() + seconds
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / RESULTS
+    for name, run in study.runs.items():
+        lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+        if only is not None and name not in only or name in {line["run"] for line in lines}:
+            continue
+        if time.monotonic() > deadline:
+            say(f"The {seconds:g} seconds are over: {name} and what follows are left out")
+            return
+        expected = run.config.steps * max((line["seconds_per_step"] for line in lines), default=0.0)
+        if run.trained and expected > run_seconds:
+            say(f"{name} is left out: it would train for some {expected:.0f} seconds")
+            continue
+        say(f"== {name}")
+        with results.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in _lines(run, study.runs[BASE], out, say))
+
+
+def _lines(run: Run, base: Run, out: Path, say: Say) -> list[dict[str, Any]]:
+    made = run if run.trained else base
+    config = replace(made.config, output=str(out / made.folder), evaluation=None)
+    folder = Path(config.output)
+    started = time.monotonic()
+    if not (folder / retrofit.CARD_FILE).exists():
+        retrofit.run(config, say=say)
+    trained = time.monotonic() - started
+    scores, about = _measure(run, base, folder, say)
+    steps = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    _free()
+    shared = {
+        "run": run.name,
+        "changes": run.changes,
+        "config": run.config.training_keys(),
+        "seed": run.config.seed,
+        "steps": len(steps) if run.checkpoint is None else config.steps_to(run.checkpoint),
+        "seconds_per_step": round(statistics.median(step["seconds"] for step in steps), 4),
+        "seconds": round(trained, 1),
+        "date": time.strftime("%Y-%m-%d"),
+        **about,
+    }
+    return [shared | {"point": "end" if score["asked"] is None else "dialled", **score} for score in scores]
+
+
+def _measure(run: Run, base: Run, folder: Path, say: Say) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(scores, dialled and undialled; where they come from). A checkpoint is measured as it was saved. The text is what
+    the base's data hold out, and other texts, or of those that the run trained on, what they hold out."""
+    config, settings = run.config, run.config.evaluation
+    assert settings is not None
+    reach = read_adapter(folder)[0].max_cr * 1.05
+    points = [Point(asked=ratio, offset=0.0) for ratio in settings.ratios if ratio <= reach]
+    if run.checkpoint is not None:
+        folder, points = folder / f"cr{run.checkpoint:g}", []
+    model, tokenizer = retrofit.load_result(replace(config, output=str(folder)))
+    if run.control is not None:
+        CONTROLS[run.control](heads(model), seed=config.seed)
+    scores = evaluate(
+        model,
+        tokenizer,
+        documents=held_out(read_all(base.config.data, tokenizer, model=config.model, seed=config.seed)),
+        points=[*points, Point(offset=0.0)],
+        settings=replace(settings, same_ratio=True),
+        others=other_documents(settings.other_texts, trained_on=texts_of(config.data)),
+        reference=retrofit.load_reference(config),
+        on_score=lambda score: say("  " + describe(score)),
+    )
+    return [score.to_dict() for score in scores], retrofit.provenance(model, config)
+
+
+def _free() -> None:
+    """Nothing of one run stays on the device, nor its compiled layers, when the next begins."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,205 @@
+"""The scheduler alone: no torch, a pool that is only numbers."""
+
+import random
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from sparsekv.engine.params import SamplingParams
+from sparsekv.engine.schedule.ledger import Ledger
+from sparsekv.engine.schedule.request import Request, Sequence, Status
+from sparsekv.engine.schedule.scheduler import GiveUp, Idle, RunStep, Scheduler, Settle, SwapIn, SwapOut
+
+LAYERS, HEADS, PAGE = 2, 2, 4
+
+
+def test_it_never_imports_torch() -> None:
+    """Its own imports: none of its modules' names resolve to torch, transformers or the device's half."""
+    code = (
+        "import sys, types\n"
+        "package = types.ModuleType('sparsekv.engine'); package.__path__ = [sys.argv[1]]\n"
+        "sys.modules['sparsekv.engine'] = package\n"
+        "import sparsekv.engine.schedule.scheduler\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    import sparsekv.engine
+
+    subprocess.run([sys.executable, "-c", code, sparsekv.engine.__path__[0]], check=True)
+
+
+def _scheduler(*, pages: int, rows: int = 3, tokens: int = 16, ratio: float = 1.0) -> Scheduler:
+    ledger = Ledger(layers=LAYERS, rows=rows, kv_heads=HEADS, page_size=PAGE, pages=pages, caps=[1000] * LAYERS)
+    return Scheduler(ledger, rows=rows, max_tokens=tokens, ratio=ratio)
+
+
+def _sequence(arrival: int, prompt: int, new: int = 4) -> Sequence:
+    request = Request(
+        id=str(arrival), arrival=arrival, prompt=[1] * prompt, params=SamplingParams(), seed=0, most_new=new
+    )
+    request.sequences = [Sequence(request=request, index=0, tokens=[1] * prompt, status=Status.WAITING)]
+    return request.sequences[0]
+
+
+class _Swapped:
+    def __init__(self, lengths: np.ndarray) -> None:
+        self._lengths = lengths
+        self.pages = int((-(-lengths // PAGE)).sum())
+        self.lengths = self
+
+    def numpy(self) -> np.ndarray:
+        return self._lengths
+
+
+class _Device:
+    """Heads that keep each token with a probability of their own; a pool that must never run dry."""
+
+    def __init__(self, scheduler: Scheduler, *, seed: int) -> None:
+        self.scheduler, self.rng = scheduler, np.random.default_rng(seed)
+        self.lengths = np.zeros_like(scheduler.ledger.lengths)
+        self.keep = self.rng.uniform(0.1, 1.0, self.lengths.shape[::2])
+        self.flight: list[RunStep] = []
+        self.read_back: Counter[Sequence] = Counter()
+
+    @property
+    def free(self) -> int:
+        return self.scheduler.ledger.pages - int((-(-self.lengths // PAGE)).sum())
+
+    def refresh(self) -> None:
+        self.scheduler.ledger.refresh(self.lengths.copy(), self.free)
+
+    def run(self, step: RunStep) -> None:
+        assert len(step.decodes) + sum(c.count for c in step.chunks) <= self.scheduler.max_tokens
+        work = [(s.row, 1) for s in step.decodes] + [(c.sequence.row, c.count) for c in step.chunks]
+        assert len({row for row, _ in work}) == len(work)
+        for row, count in work:
+            self.lengths[:, row] += self.rng.binomial(count, self.keep).astype(np.int32)
+        assert self.free >= 0, "the pool ran dry"
+        self.scheduler.issued(step)
+        self.flight.append(step)
+
+    def settle(self) -> list[Sequence]:
+        """Read back the oldest step; returns the sequences that it finished."""
+        step = self.flight.pop(0)
+        self.read_back.update(step.samples)
+        self.scheduler.ledger.settle(self.lengths.copy(), self.free)
+        self.scheduler.observe_ratio()
+        return [s for s in step.samples if self.read_back[s] == s.request.most_new]
+
+    def act(self, action: SwapIn | SwapOut) -> None:
+        sequence = action.sequence
+        if isinstance(action, SwapOut):
+            row = self.scheduler.remove(sequence)
+            sequence.swapped = _Swapped(self.lengths[:, row].copy())  # type: ignore[assignment]
+            self.lengths[:, row] = 0
+            sequence.status = Status.SWAPPED
+            self.scheduler.add(sequence)
+        else:
+            self.scheduler.remove(sequence)
+            self.scheduler.start(sequence, action.row)
+            self.lengths[:, action.row] = sequence.swapped.numpy()  # type: ignore[union-attr]
+        self.refresh()
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("seed", range(25))
+def test_everything_finishes_and_the_pool_never_runs_dry(seed: int, ahead: int) -> None:
+    rng = random.Random(seed)
+    pages = rng.randint(40, 120)
+    scheduler = _scheduler(pages=pages, rows=rng.randint(1, 4), tokens=rng.randint(4, 20), ratio=rng.choice([1.0, 3.0]))
+    device = _Device(scheduler, seed=seed)
+    todo = [_sequence(i, rng.randint(1, 30), rng.randint(1, 12)) for i in range(12)]
+    done, given_up = [], []
+    for _ in range(3000):
+        if todo and rng.random() < 0.3:
+            scheduler.add(todo.pop(0))
+        action = scheduler.decide(in_flight=bool(device.flight))
+        match action:
+            case RunStep():
+                device.run(action)
+            case SwapIn() | SwapOut():
+                assert not device.flight
+                device.act(action)
+            case GiveUp(sequence=sequence):
+                given_up.append(sequence)
+        finished = [action.sequence] if isinstance(action, GiveUp) else []
+        while len(device.flight) > (0 if isinstance(action, Settle) else ahead):
+            finished += device.settle()
+        if finished:
+            while device.flight:
+                finished += device.settle()
+            for sequence in finished:
+                row = scheduler.remove(sequence)
+                if row is not None:
+                    device.lengths[:, row] = 0
+            device.refresh()
+            done += finished
+        if isinstance(action, Idle) and not todo:
+            break
+    assert len(done) == 12
+    assert device.free == pages
+    assert all(s.sampled == s.request.most_new for s in done if s not in given_up)
+
+
+def test_decodes_come_first_and_prompts_in_order_of_arrival() -> None:
+    scheduler = _scheduler(pages=1000, tokens=10)
+    device = _Device(scheduler, seed=0)
+    first, second = _sequence(0, 6), _sequence(1, 9)
+    scheduler.add(second)
+    scheduler.add(first)
+    step = scheduler.decide(in_flight=False)
+    assert isinstance(step, RunStep)
+    assert [(c.sequence, c.start, c.count) for c in step.chunks] == [(first, 0, 6), (second, 0, 4)]
+    assert step.samples == [first]
+    device.run(step)
+    step = scheduler.decide(in_flight=True)
+    assert isinstance(step, RunStep)
+    assert step.decodes == [first]
+    assert [(c.sequence, c.start, c.count) for c in step.chunks] == [(second, 4, 5)]
+    assert step.samples == [first, second]
+
+
+def test_a_newcomer_waits_until_each_running_sequence_has_its_reserve() -> None:
+    """8 pages of prompt each, 4 for the first one's step, and a page per head for the two of them."""
+    for pages, together in ((28, True), (27, False)):
+        scheduler = _scheduler(pages=pages)
+        device = _Device(scheduler, seed=0)
+        device.keep[:] = 1.0
+        scheduler.add(_sequence(0, 8))
+        step = scheduler.decide(in_flight=False)
+        assert isinstance(step, RunStep)
+        device.run(step)
+        device.settle()
+        scheduler.add(_sequence(1, 8))
+        step = scheduler.decide(in_flight=False)
+        assert isinstance(step, RunStep)
+        assert bool(step.chunks) == together
+
+
+def test_nothing_but_a_step_may_follow_a_step_in_flight() -> None:
+    scheduler = _scheduler(pages=8)
+    device = _Device(scheduler, seed=0)
+    device.keep[:] = 1.0
+    scheduler.add(_sequence(0, 8, new=20))
+    step = scheduler.decide(in_flight=False)
+    assert isinstance(step, RunStep)
+    device.run(step)
+    assert isinstance(scheduler.decide(in_flight=True), Settle)
+    device.settle()
+    assert isinstance(scheduler.decide(in_flight=False), GiveUp)
+
+
+def test_the_ledger_bounds_what_is_taken() -> None:
+    ledger = Ledger(layers=1, rows=2, kv_heads=2, page_size=4, pages=20, caps=[10])
+    ledger.refresh(np.array([[[3, 4], [0, 9]]], dtype=np.int32), 15)
+    assert ledger.growth([0], 1) == 1
+    assert ledger.growth([0], 2) == 2
+    assert ledger.growth([1], 100) == 3  # no head ever holds more than 10
+    assert [ledger.fit(0, 50, pages) for pages in (0, 1, 2, 4)] == [0, 1, 4, 50]
+    assert ledger.fit(0, 5, 4) == 5
+    ledger.issue({0: 1, 1: 1})
+    assert ledger.available() == 15 - 1 - 1
+    ledger.settle(np.array([[[3, 5], [1, 9]]], dtype=np.int32), 13)
+    assert ledger.available() == 13
