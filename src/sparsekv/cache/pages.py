@@ -5,9 +5,12 @@ Free pages form a stack on the device, so that taking one in a decode step needs
 """
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from sparsekv.cache.state import State
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -31,15 +34,28 @@ def human_bytes(count: float) -> str:
 
 
 class PagePool:
-    """kv: [pages, 2, page_size, head_dim]; free: int32 [pages]; free_count: int32 [1]; extra_owners: int32 [pages]."""
+    """kv: [pages, 2, page_size, head_dim]; free: int32 [pages + 1], the last a spare place; free_count: int32 [1];
+    extra_owners: int32 [pages]; slot_state, page_state: what policies remember of each, see cache.state."""
 
     def __init__(
-        self, pages: int, *, page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        pages: int,
+        *,
+        page_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        states: Sequence[State] = (),
     ) -> None:
         self.kv = torch.zeros(pages, 2, page_size, head_dim, dtype=dtype, device=device)
-        self.free = torch.arange(pages - 1, -1, -1, dtype=torch.int32, device=device)
+        self.free = torch.arange(pages - 1, -2, -1, dtype=torch.int32, device=device)
         self.free_count = torch.full((1,), pages, dtype=torch.int32, device=device)
         self.extra_owners = torch.zeros(pages, dtype=torch.int32, device=device)
+        device = self.kv.device
+        self.states = {state.name: state for state in states if state.kind != "row"}
+        slot, page = ([s for s in self.states.values() if s.kind == kind] for kind in ("slot", "page"))
+        self.slot_state = {s.name: s.allocate(pages + 1, page_size, device=device) for s in slot}
+        self.page_state = {s.name: s.allocate(pages + 1, device=device) for s in page}
 
     @property
     def pages(self) -> int:
@@ -51,7 +67,15 @@ class PagePool:
 
     @property
     def page_bytes(self) -> int:
-        return self.kv[0].numel() * self.kv.element_size() if self.pages else 0
+        """Bytes of a page, what policies remember of it included."""
+        if not self.pages:
+            return 0
+        return sum(x[0].numel() * x.element_size() for x in (self.kv, *self.state.values()))
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All that follows a page, by name: [pages + 1, ...]."""
+        return self.slot_state | self.page_state
 
     @property
     def pages_free(self) -> int:
@@ -62,12 +86,17 @@ class PagePool:
         return self.pages - self.pages_free
 
     def take(self, count: int) -> Tensor:
-        """int64 [count] page ids. Raises ValueError where fewer are free; nothing is taken then."""
+        """Ids of `count` pages, int64, off the free list. Raises ValueError naming the bytes where there are fewer."""
         free = self.pages_free
         if count > free:
             raise ValueError(self.shortage(count))
         self.free_count -= count
         return self.free[free - count : free].long()
+
+    def clear_state(self, ids: Tensor) -> None:
+        """Fill the state of pages anew; ids: int64 [n], the spare place among them if need be."""
+        for name, tensor in self.state.items():
+            tensor[ids] = self.states[name].fill
 
     def share(self, ids: Tensor) -> None:
         """Give each page in ids (int64 [n], may repeat) one owner more."""
@@ -81,6 +110,7 @@ class PagePool:
         freed = ((gone > 0) & (left == 0)).nonzero()[:, 0].int()
         self.extra_owners.copy_(torch.where(gone > 0, (left - 1).clamp(min=0), self.extra_owners))
         free = self.pages_free
+        self.clear_state(freed.long())
         self.free[free : free + len(freed)] = freed
         self.free_count += len(freed)
 

@@ -4,12 +4,13 @@ Decode appends or overwrites, so a head never shrinks and nothing is moved. A ro
 prefill (SnapKV), or forked: full pages in which no slot can be overwritten any more are shared, the rest is copied.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from sparsekv.cache.pages import PagePool
+from sparsekv.cache.state import LayerState, State
 from sparsekv.ops.layout import LayerPages, ring_positions
 
 
@@ -17,8 +18,9 @@ class RaggedCache:
     """The cache of `rows` sequences.
 
     windows: ring entries of each layer (0 = nothing is overwritten by the ring rule). rewrites: per layer, whether its
-    policy may change any stored slot (default: none). pages: int32 [N, R, H, M]; lengths: int32 [N, R, H]; seen: int32
-    [N, R]; rings: per layer int32 [R, H, W]; state: per layer, the policy's own tensors [R, ...] by name.
+    policy may change any stored slot (default: none). states: per layer, what its policy remembers (cache.state); those
+    of pages and slots must be the pool's too. pages: int32 [N, R, H, M]; lengths: int32 [N, R, H]; seen: int32 [N, R];
+    rings: per layer int32 [R, H, W]; samples: int64 [R + 1], which copy of its prompt a row is, 0 for nobody's copy.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class RaggedCache:
         rows: int,
         max_tokens: int,
         rewrites: list[bool] | None = None,
+        states: Sequence[Sequence[State]] | None = None,
     ) -> None:
         device, n = pool.kv.device, len(windows)
         columns = -(-max_tokens // pool.page_size)
@@ -39,8 +42,10 @@ class RaggedCache:
         self.seen = torch.zeros(n, rows, dtype=torch.int32, device=device)
         self.rings = [torch.zeros(rows, kv_heads, w, dtype=torch.int32, device=device) for w in windows]
         self.tickets = torch.zeros(rows, kv_heads, dtype=torch.int32, device=device)  # scratch of the decode kernel
+        self.samples = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         self.rewrites = rewrites or [False] * n
-        self.state: list[dict[str, Tensor]] = [{} for _ in windows]
+        self.states = [[s for s in layer if s.kind == "row"] for layer in states or [()] * n]
+        self.row_state = [{s.name: s.allocate(rows + 1, device=device) for s in layer} for layer in self.states]
 
     @property
     def rows(self) -> int:
@@ -59,6 +64,10 @@ class RaggedCache:
             tickets=self.tickets,
         )
 
+    def state(self, index: int) -> LayerState:
+        """What the policy of one layer remembers."""
+        return LayerState(row=self.row_state[index], slot=self.pool.slot_state, page=self.pool.page_state)
+
     def grow(self, max_tokens: int) -> None:
         """Widen the page tables, at least by doubling, so that every head can hold max_tokens slots."""
         have, want = self.pages.shape[-1], -(-max_tokens // self.pool.page_size)
@@ -75,9 +84,10 @@ class RaggedCache:
         self.pool.release(self.pages[:, rows][self.owned(rows)].long())
         self.lengths[:, rows] = 0
         self.seen[:, rows] = 0
-        for state in self.state:
-            for tensor in state.values():
-                tensor[rows] = 0
+        self.samples[rows] = 0
+        for states, tensors in zip(self.states, self.row_state, strict=True):
+            for state in states:
+                tensors[state.name][rows] = state.fill
 
     def clear(self) -> None:
         """Free all pages of all rows."""
@@ -89,31 +99,31 @@ class RaggedCache:
         A row is moved once and copied where it is named again. Raises ValueError naming the bytes where the pool cannot
         hold the copies; nothing is changed then.
         """
-        old, moved, target = self.rows, set[int](), []
+        old, named, target = self.rows, dict[int, int](), []
         for index in indices.tolist():
-            target.append(old + len(target) - len(moved) if index in moved else index)
-            moved.add(index)
+            target.append(old + len(target) - len(named) if index in named else index)
+            named[index] = named.get(index, -1) + 1
         target = torch.tensor(target, dtype=torch.int64, device=indices.device)
-        copies, extra = target >= old, len(target) - len(moved)
-        for name in ("pages", "lengths", "seen"):
-            tensor = getattr(self, name)
-            setattr(self, name, torch.cat([tensor, tensor.new_zeros(len(tensor), extra, *tensor.shape[2:])], dim=1))
-        self._each_by_row(lambda tensor: torch.cat([tensor, tensor.new_zeros(extra, *tensor.shape[1:])]))
+        copies, extra = target >= old, len(target) - len(named)
+        self._each_by_row(lambda x, dim: torch.cat([x, x.new_zeros(*x.shape[:dim], extra, *x.shape[dim + 1 :])], dim))
         rows = torch.arange(old, device=indices.device)
         try:
             self.fork(indices[copies], target[copies])
+            self.samples[target] += _occurrence(indices)
             self.release(rows[~torch.isin(rows, indices)])
             rows = target
         finally:
-            self.pages, self.lengths, self.seen = self.pages[:, rows], self.lengths[:, rows], self.seen[:, rows]
-            self._each_by_row(lambda tensor: tensor[rows])
+            self._each_by_row(lambda x, dim: x.index_select(dim, rows))
 
-    def _each_by_row(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor whose first dimension is the rows."""
-        self.tickets = change(self.tickets)
-        self.rings = [change(ring) for ring in self.rings]
-        for state in self.state:
-            state.update({name: change(tensor) for name, tensor in state.items()})
+    def _each_by_row(self, change: Callable[[Tensor, int], Tensor]) -> None:
+        """Replace every tensor [..., R, ...]: change(tensor, the dimension of rows). Spare places come last again."""
+        for name in ("pages", "lengths", "seen"):
+            setattr(self, name, change(getattr(self, name), 1))
+        self.tickets = change(self.tickets, 0)
+        self.rings = [change(ring, 0) for ring in self.rings]
+        self.samples = _with_spare(self.samples, change)
+        for tensors in self.row_state:
+            tensors.update({name: _with_spare(tensor, change) for name, tensor in tensors.items()})
 
     def fork(self, source: Tensor, target: Tensor) -> None:
         """Make the empty, distinct rows `target` exact copies of `source` (both int64 [n]; sources may repeat).
@@ -125,14 +135,15 @@ class RaggedCache:
         copied = owned & ~self._settled(source)
         old = self.pages[:, source][copied].long()
         new = self.pool.take(len(old))
-        self.pool.kv[new] = self.pool.kv[old]
+        for tensor in (self.pool.kv, *self.pool.state.values()):
+            tensor[new] = tensor[old]
         self.pool.share(self.pages[:, source][owned & ~copied].long())
         pages = self.pages[:, source]
         pages[copied] = new.int()
         self.pages[:, target] = pages
         self.lengths[:, target] = self.lengths[:, source]
         self.seen[:, target] = self.seen[:, source]
-        for tensor in (*self.rings, *(tensor for state in self.state for tensor in state.values())):
+        for tensor in (*self.rings, self.samples, *(x for tensors in self.row_state for x in tensors.values())):
             tensor[target] = tensor[source]
 
     def fork_cost(self, source: Tensor) -> int:
@@ -160,25 +171,18 @@ class RaggedCache:
                 settled[index] = False
         return settled
 
-    def prune(self, index: int, rows: Tensor, keep: Tensor) -> None:
-        """Keep only the slots of layer `index` in keep (bool [len(rows), H, longest head]), moved together in order.
-
-        For layers without a ring (policies that mark nothing); exclusive pages only.
-        """
-        assert self.rings[index].shape[-1] == 0, "prune needs a layer without a ring"
-        size = self.pool.page_size
-        for b, row in enumerate(rows.tolist()):
-            for h in range(keep.shape[1]):
-                length = int(self.lengths[index, row, h])
-                kept = keep[b, h, :length].nonzero()[:, 0]
-                table = self.pages[index, row, h].long()
-                left = -(-len(kept) // size)
-                moved = self.pool.kv[table[kept // size], :, kept % size]
-                to = torch.arange(len(kept), device=kept.device)
-                self.pool.kv[table[to // size], :, to % size] = moved
-                self.pool.release(table[left : -(-length // size)])
-                self.lengths[index, row, h] = len(kept)
-
     def index_bytes(self) -> int:
-        """Bytes of tables, lengths and rings."""
-        return sum(t.numel() * t.element_size() for t in (self.pages, self.lengths, self.seen, *self.rings))
+        """Bytes of tables, lengths, rings and what policies remember of rows."""
+        rows = [x for tensors in self.row_state for x in tensors.values()]
+        return sum(x.numel() * x.element_size() for x in (self.pages, self.lengths, self.seen, *self.rings, *rows))
+
+
+def _with_spare(x: Tensor, change: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """`change` of the rows of x [R + 1, ...], the spare place put back behind them."""
+    return torch.cat([change(x[:-1], 0), x[-1:]])
+
+
+def _occurrence(indices: Tensor) -> Tensor:
+    """int64 [n]: how often each index came before."""
+    same = indices[:, None] == indices
+    return same.tril(-1).sum(-1)

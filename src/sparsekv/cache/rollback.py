@@ -3,7 +3,7 @@
 Pages come off the top of the free stack and nothing is pushed during a forward, so putting the count back frees them.
 The only stored tokens that a prefill overwrites are the marked ones that leave the window, the newest, which it may
 mark itself (lag), and, where the policy merges tokens, the last slot of each head; those are saved, and so is the
-policy's state.
+policies' state.
 """
 
 import torch
@@ -23,13 +23,17 @@ class Rollback:
         self.seen = ragged.seen.clone()
         self.free_count = ragged.pool.free_count.clone()
         self.rings: dict[int, Tensor] = {}
-        self.state: dict[int, dict[str, Tensor]] = {}
+        self.row_state: dict[int, dict[str, Tensor]] = {}
+        self.pool_state: list[tuple[Tensor, dict[str, Tensor]]] = []
         self.saved: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def remember(self, index: int, batch: Batch) -> None:
         """Save what placing `batch` in layer `index` would overwrite. Call before marks are aligned and placed."""
         layer = self.ragged.layer(index)
-        self.state[index] = {name: tensor.clone() for name, tensor in self.ragged.state[index].items()}
+        self.row_state[index] = {name: tensor.clone() for name, tensor in self.ragged.row_state[index].items()}
+        if self.ragged.pool.state:
+            ids = layer.pages[batch.rows][self.ragged.owned(batch.rows)[index]].long()
+            self.pool_state.append((ids, {name: tensor[ids] for name, tensor in self.ragged.pool.state.items()}))
         if self.ragged.rewrites[index]:
             last = layer.lengths[batch.rows][..., None] - 1
             self._save(layer, batch, last, last >= 0)
@@ -60,9 +64,13 @@ class Rollback:
         ragged.pool.free_count.copy_(self.free_count)
         for index, ring in self.rings.items():
             ragged.rings[index].copy_(ring)
-        for index, state in self.state.items():
-            ragged.state[index].clear()
-            ragged.state[index].update(state)
+        for index, state in self.row_state.items():
+            ragged.row_state[index].update(state)
+        free = int(self.free_count)
+        ragged.pool.clear_state(ragged.pool.free[max(free - taken, 0) : free].long())
+        for ids, state in self.pool_state:
+            for name, tensor in state.items():
+                ragged.pool.state[name][ids] = tensor
         for page, offset, kv in self.saved:
             ragged.pool.kv[page, :, offset] = kv
         return taken

@@ -1,4 +1,7 @@
-"""What a cache holds and what was read from it, counted by the allocator, never by formula."""
+"""What a cache holds and what was read from it, counted by the allocator, never by formula.
+
+One unit throughout: tokens of a KV head, averaged over layers and KV heads, summed over rows.
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,18 +17,22 @@ class KVStats:
     """Slots in use, averaged over layers and heads, summed over rows."""
     compression_ratio: float
     """tokens_seen / tokens_held, the window counted; 1 for an empty cache."""
-    kv_reads: int
-    """Tokens attended to, summed over decode steps, rows, layers and KV heads."""
+    kv_reads: float
+    """Tokens attended to, averaged over layers and heads, summed over decode steps and rows."""
+    bound_reads: float
+    """Pages whose bounds were read to choose what to read (Quest), in the same unit: two vectors a page."""
     peak_tokens: float
-    """The largest tokens_held after any forward."""
+    """The largest tokens_held during any forward, a prompt before it is pruned included."""
     pages: int
     """Pages in use, shared ones once."""
     bytes: int
-    """Bytes of those pages."""
+    """Bytes of those pages, what policies remember of them included."""
     index_bytes: int
-    """Bytes of page tables, rings and lengths."""
+    """Bytes of page tables, rings, lengths and what policies remember of rows."""
     held: list[list[int]]
     """[layers][kv_heads]: slots in use, summed over rows."""
+    reads: list[list[int]]
+    """[layers][kv_heads]: tokens attended to, summed over decode steps and rows."""
 
     @property
     def ratio_per_head(self) -> list[list[float]]:

@@ -1,7 +1,7 @@
 """Move a row of the ragged cache to host memory and back, bit for bit, compressed as it is.
 
 What leaves is what the row owns: its pages (whole, so that every slot keeps its place), lengths, tokens seen, rings and
-the policy's own tensors. Pages shared with other rows stay with those. Both directions wait for the device.
+what policies remember. Pages shared with other rows stay with those. Both directions wait for the device.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,10 @@ class SwappedRow:
     """int32 [N]."""
     rings: list[Tensor]
     """Per layer int32 [H, W]."""
-    state: list[dict[str, Tensor]]
-    """Per layer, the policy's own tensors."""
+    pool_state: dict[str, Tensor]
+    """What policies remember of those pages and their slots: [pages, ...]."""
+    row_state: list[dict[str, Tensor]]
+    """Per layer, what its policy remembers of the row."""
 
     @property
     def pages(self) -> int:
@@ -36,7 +38,7 @@ class SwappedRow:
 
     @property
     def bytes(self) -> int:
-        return self.kv.numel() * self.kv.element_size()
+        return sum(x.numel() * x.element_size() for x in (self.kv, *self.pool_state.values()))
 
 
 def swap_out(cache: RaggedCache, row: int) -> SwappedRow:
@@ -51,7 +53,8 @@ def swap_out(cache: RaggedCache, row: int) -> SwappedRow:
         lengths=_host(cache.lengths[:, row]),
         seen=_host(cache.seen[:, row]),
         rings=[_host(ring[row]) for ring in cache.rings],
-        state=[{name: _host(tensor[row]) for name, tensor in state.items()} for state in cache.state],
+        pool_state={name: _host(tensor[ids]) for name, tensor in cache.pool.state.items()},
+        row_state=[{name: _host(tensor[row]) for name, tensor in state.items()} for state in cache.row_state],
     )
 
 
@@ -73,10 +76,10 @@ def swap_in(cache: RaggedCache, row: int, swapped: SwappedRow) -> None:
     cache.pages[:, rows] = pages
     for ring, source in zip(cache.rings, swapped.rings, strict=True):
         ring[row] = source.to(device)
-    for state, source in zip(cache.state, swapped.state, strict=True):
+    for name, source in swapped.pool_state.items():
+        cache.pool.state[name][ids] = source.to(device)
+    for state, source in zip(cache.row_state, swapped.row_state, strict=True):
         for name, tensor in source.items():
-            if name not in state:
-                state[name] = tensor.new_zeros(cache.rows, *tensor.shape).to(device)
             state[name][row] = tensor.to(device)
 
 

@@ -25,7 +25,7 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
             "dense" if run["ratio_asked"] == 1 else f"{run['ratio_asked']:g}x",
             f"{run['ratio_held']:.2f}x",
             human_bytes(run["kv_bytes"]),
-            f"{run['kv_reads'] / 1e6:.1f} M",
+            f"{run['kv_reads'] / 1e3:.1f} K",
             f"{run['perplexity']:.2f}{_change(run['perplexity'], dense['perplexity'])}",
             f"{run['tokens_per_second']:.1f}",
             _shortened(run["answer"]),

@@ -32,8 +32,8 @@ class Run:
     ratio_held: float
     kv_bytes: int
     """Bytes of the pages in use at the end."""
-    kv_reads: int
-    """Tokens attended to, summed over decode steps, layers and KV heads."""
+    kv_reads: float
+    """Tokens attended to, averaged over layers and KV heads, summed over decode steps."""
     perplexity: float
     """Of the text that follows the context."""
     tokens_per_second: float

@@ -6,18 +6,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sparsekv.cache.pages import PagePool, human_bytes, parse_bytes
-from sparsekv.cache.ragged import RaggedCache
+from sparsekv.attend import allocate, choose_page_size, page_bytes
+from sparsekv.cache.pages import human_bytes, parse_bytes
+from sparsekv.cache.state import HeadShape
 from sparsekv.engine.config import EngineConfig
 from sparsekv.engine.device.cache import EngineCache
-from sparsekv.engine.device.graphs import DecodeGraphs, buckets_up_to, compiled_decode, why_not_graphable
+from sparsekv.engine.device.graphs import DecodeGraphs, buckets_up_to, compiled_decode, why_not_recordable
 from sparsekv.engine.device.runner import Runner
 from sparsekv.engine.engine import Engine
-from sparsekv.engine.schedule.ledger import Ledger
+from sparsekv.engine.schedule.ledger import Caps, Ledger
 from sparsekv.engine.schedule.scheduler import Scheduler
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.attached import Attachment
 from sparsekv.ops.device import free_memory
+from sparsekv.policies import Policy
 
 log = logging.getLogger(__name__)
 
@@ -32,26 +34,28 @@ def build_engine(model: PreTrainedModel, config: EngineConfig, *, tokenizer: Any
     """
     attachment, device = attachment_of(model), model.device
     length = _max_model_len(model, attachment, config)
-    caps = [attached.policy.most_held(attached.layer, length) for attached in attachment.layers]
-    pool = _pool(model, attachment, config, caps=caps)
-    ragged = RaggedCache(
-        pool,
-        [attached.policy.window(attached.layer) for attached in attachment.layers],
-        kv_heads=attachment.kv_heads,
+    policies = [attached.policy for attached in attachment.layers]
+    shape = attachment.head_shape(model.dtype)
+    page_size = choose_page_size(policies, config.page_size)
+    peaks = [policy.most_in_prompt(layer, length) for layer, policy in enumerate(policies)]
+    ragged = allocate(
+        policies,
+        shape,
+        pages=_pages(policies, shape, config, page_size=page_size, peaks=peaks, device=device),
+        page_size=page_size,
         rows=config.max_num_seqs,
         max_tokens=length,
-        rewrites=[attached.policy.rewrites for attached in attachment.layers],
+        device=device,
     )
     cache = EngineCache(attachment, ragged)
-    ledger = Ledger(
-        layers=len(caps),
-        rows=ragged.rows,
-        kv_heads=attachment.kv_heads,
-        page_size=config.page_size,
-        pages=pool.pages,
-        caps=caps,
+    caps = Caps(
+        in_prompt=peaks,
+        held=lambda prompt, tokens: [p.most_held(i, prompt=prompt, tokens=tokens) for i, p in enumerate(policies)],
+        prunes=[policy.prunes for policy in policies],
+        max_tokens=length,
     )
-    graphs = _graphs(model, cache, config)
+    ledger = Ledger(caps=caps, rows=ragged.rows, kv_heads=shape.kv_heads, page_size=page_size, pages=ragged.pool.pages)
+    graphs = _graphs(model, cache, config, max_tokens=length)
     asynchronous = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
     return Engine(
         Runner(model, cache, graphs=graphs),
@@ -86,15 +90,22 @@ def _max_model_len(model: PreTrainedModel, attachment: Attachment, config: Engin
     return length
 
 
-def _pool(model: PreTrainedModel, attachment: Attachment, config: EngineConfig, *, caps: list[int]) -> PagePool:
-    dtype, device = model.dtype, model.device
-    page_bytes = 2 * config.page_size * attachment.head_dim * dtype.itemsize
-    most = config.max_num_seqs * attachment.kv_heads * sum(-(-cap // config.page_size) for cap in caps)
+def _pages(
+    policies: list[Policy],
+    shape: HeadShape,
+    config: EngineConfig,
+    *,
+    page_size: int,
+    peaks: list[int],
+    device: torch.device,
+) -> int:
+    """How many pages the pool has. peaks: by layer, the slots that a head takes at most."""
+    each = page_bytes(policies, shape, page_size=page_size)
+    most = config.max_num_seqs * shape.kv_heads * sum(-(-peak // page_size) for peak in peaks)
     size = _bytes(config.kv_memory, device)
-    if size < page_bytes:
-        raise ValueError(f"kv_memory of {human_bytes(size)} holds no page of {human_bytes(page_bytes)}; raise it")
-    pages = min(size // page_bytes, most)
-    return PagePool(pages, page_size=config.page_size, head_dim=attachment.head_dim, dtype=dtype, device=device)
+    if size < each:
+        raise ValueError(f"kv_memory of {human_bytes(size)} holds no page of {human_bytes(each)}; raise it")
+    return min(size // each, most)
 
 
 def _bytes(size: int | str | float | None, device: torch.device) -> int:
@@ -105,12 +116,15 @@ def _bytes(size: int | str | float | None, device: torch.device) -> int:
     return parse_bytes(size)
 
 
-def _graphs(model: PreTrainedModel, cache: EngineCache, config: EngineConfig) -> DecodeGraphs | None:
+def _graphs(
+    model: PreTrainedModel, cache: EngineCache, config: EngineConfig, *, max_tokens: int
+) -> DecodeGraphs | None:
     if config.enforce_eager or model.device.type != "cuda":
         return None
-    reason = why_not_graphable(cache)
+    reason = why_not_recordable(cache.executor.policies)
     if reason is not None:
         log.warning("decode steps run without CUDA graphs: %s", reason)
         return None
     with torch.no_grad():
-        return DecodeGraphs(compiled_decode(model, cache), cache, sizes=buckets_up_to(cache.ragged.rows))
+        sizes = buckets_up_to(cache.ragged.rows)
+        return DecodeGraphs(compiled_decode(model, cache), cache, sizes=sizes, max_tokens=max_tokens)

@@ -12,8 +12,8 @@ class EngineConfig:
     kv_memory: int | str | float | None = None
     """The pool: bytes, text like "2GiB", or a fraction of the free memory up to 1.0 (a float). None = 0.9 of it on a
     GPU and 0.5 on a CPU, and never more than max_num_seqs full contexts need."""
-    page_size: int = 32
-    """Token slots per page."""
+    page_size: int | None = None
+    """Token slots per page; None = what the policy needs, else 32."""
     max_num_seqs: int = 64
     """Sequences that run at once."""
     max_num_batched_tokens: int = 8192
@@ -26,7 +26,8 @@ class EngineConfig:
     """Give the device the next step before the last one's tokens are read; None = on a GPU."""
 
     def __post_init__(self) -> None:
-        check_int("page_size", self.page_size, at_least=1)
+        if self.page_size is not None:
+            check_int("page_size", self.page_size, at_least=1)
         check_int("max_num_seqs", self.max_num_seqs, at_least=1)
         check_int("max_num_batched_tokens", self.max_num_batched_tokens, at_least=1)
         if self.max_num_batched_tokens < self.max_num_seqs:

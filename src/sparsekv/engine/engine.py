@@ -49,7 +49,7 @@ class Engine:
         self._ended: list[Sequence] = []
         self._forks: list[tuple[Sequence, list[Sequence]]] = []
         self._touched: dict[Request, None] = {}
-        self._reads = np.zeros(runner.ragged.rows, dtype=np.int64)
+        self._reads = np.zeros((2, runner.ragged.rows + 1), dtype=np.int64)
 
     # What users of the engine call
 
@@ -187,15 +187,21 @@ class Engine:
     def _count(self, step: RunStep, result: StepResult) -> None:
         held = result.lengths.sum((0, 2), dtype=np.int64)
         assert result.free >= 0, "a step took more pages than the ledger allowed"
-        read = held if result.reads is None else result.reads - self._reads
+        read, bounds = held, np.zeros_like(held)
+        if result.reads is not None:
+            total = result.reads.sum((1, 3))
+            read, bounds = total - self._reads
+            self._reads = total
         for sequence in step.decodes:
             if sequence.status is not Status.FINISHED:
                 sequence.counters.reads += int(read[sequence.row_()])
-        for sequence in [*step.decodes, *(chunk.sequence for chunk in step.chunks)]:
-            sequence.counters.held = int(held[sequence.row_()])
-            sequence.counters.peak = max(sequence.counters.peak, sequence.counters.held)
-        if result.reads is not None:
-            self._reads = result.reads
+                sequence.counters.bounds += int(bounds[sequence.row_()])
+                sequence.counters.hold(int(held[sequence.row_()]))
+        for chunk in step.chunks:
+            counters = chunk.sequence.counters
+            if chunk.samples:  # as long as the prompt was whole
+                counters.hold(self.scheduler.ledger.held_in_prompt(counters.held, chunk.count))
+            counters.hold(int(held[chunk.sequence.row_()]))
 
     # Rows
 

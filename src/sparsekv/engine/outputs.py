@@ -22,8 +22,10 @@ class RequestKV:
     """Tokens that went in."""
     tokens_held: float
     """Slots in use at the end, averaged over layers and KV heads."""
-    kv_reads: int
-    """Tokens attended to, summed over decode steps, layers and KV heads."""
+    kv_reads: float
+    """Tokens attended to, averaged over layers and KV heads, summed over decode steps."""
+    bound_reads: float
+    """Pages whose bounds were read to choose what to read, in the same unit: two vectors a page."""
     peak_tokens: float
     """The largest tokens_held of each sample, summed."""
 
@@ -38,12 +40,13 @@ class RequestKV:
             tokens_seen=sum(p.tokens_seen for p in parts),
             tokens_held=sum(p.tokens_held for p in parts),
             kv_reads=sum(p.kv_reads for p in parts),
+            bound_reads=sum(p.bound_reads for p in parts),
             peak_tokens=sum(p.peak_tokens for p in parts),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        names = ("tokens_seen", "tokens_held", "compression_ratio", "kv_reads", "peak_tokens")
+        names = ("tokens_seen", "tokens_held", "compression_ratio", "kv_reads", "bound_reads", "peak_tokens")
         return {name: getattr(self, name) for name in names}
 
 

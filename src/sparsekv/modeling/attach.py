@@ -132,7 +132,11 @@ def _install(
     source: NeuronSource | None,
 ) -> Attachment:
     attachment = Attachment(
-        policy=policy, kv_heads=layers.kv_heads, head_dim=layers.head_dim, max_tokens=layers.max_tokens
+        policy=policy,
+        kv_heads=layers.kv_heads,
+        group=layers.group,
+        head_dim=layers.head_dim,
+        max_tokens=layers.max_tokens,
     )
     AttentionInterface.register(NAME, sparse_attention)
     AttentionMaskInterface.register(NAME, padding_mask)

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from sparsekv.cache.state import HeadShape
 from sparsekv.dms import NeuronSource
 from sparsekv.modeling.lora import Lora
 from sparsekv.policies import Policy
@@ -84,6 +86,8 @@ class Attachment:
 
     policy: Policy
     kv_heads: int
+    group: int
+    """Query heads per KV head."""
     head_dim: int
     max_tokens: int
     """The model's context length."""
@@ -95,3 +99,7 @@ class Attachment:
     lora: Lora | None = None
     """What the adapter adds to the weights."""
     undo: list[Callable[[], Any]] = field(default_factory=list)
+
+    def head_shape(self, dtype: torch.dtype) -> HeadShape:
+        """Of its attention layers, with keys and values of this type."""
+        return HeadShape(kv_heads=self.kv_heads, group=self.group, dim=self.head_dim, dtype=dtype)

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from transformers.masking_utils import find_packed_sequence_indices
 
 from sparsekv import dms
+from sparsekv.attend import whole_layer
 from sparsekv.modeling.attached import ATTACHED, AttachedLayer
 from sparsekv.modeling.padding import packing_of
 from sparsekv.modeling.tensor_parallel import own_heads
-from sparsekv.ops.gate import gate
 from sparsekv.policies import Step
-from sparsekv.policies.dms import DMSPolicy
 
 NAME = "sparsekv"
 """The name under which Transformers knows this attention function."""
@@ -67,16 +66,9 @@ def sparse_attention(
         else _documents(attention_mask, kwargs.get("position_ids"), query.shape)
     )
     step = _whole_step(attached, hidden, (query, key, value), attention_mask, scale)
-    out = gate(
-        query,
-        key,
-        value,
-        _log_keep(attached, step, key),
-        window=attached.policy.window(attached.layer),
-        scale=scale,
-        documents=documents,
-    )
-    return out.transpose(1, 2), None
+    gates = attached.attachment.gates
+    qkv = (query, key, value)
+    return whole_layer(attached.policy, step, qkv, gates=gates, documents=documents, own_heads=own_heads), None
 
 
 def padding_mask(
@@ -118,19 +110,5 @@ def _whole_step(
         value=value,
         seen=-pad,
         scale=scale,
+        most=length,
     )
-
-
-def _log_keep(attached: AttachedLayer, step: Step, key: Tensor) -> Tensor | None:
-    """[B, H, S]: the gate of each key, or None where the policy forgets nothing."""
-    rows, heads, length = key.shape[:3]
-
-    def by_sequence(x: Tensor) -> Tensor:
-        aligned = dms.align(x.view(rows, length, -1).transpose(1, 2), attached.policy.lag, fill=0)
-        return own_heads(aligned, heads)
-
-    gates = attached.attachment.gates
-    if gates is not None and isinstance(attached.policy, DMSPolicy):
-        return by_sequence(gates(step.layer, attached.policy.logits(step.layer, step.hidden)))
-    marks = attached.policy.marks(step)
-    return None if marks is None else dms.hard_log_keep(by_sequence(marks), key.dtype)

@@ -16,6 +16,8 @@ class AttentionLayers:
     """Per layer, the model's own sliding window, or None for full attention."""
     text_config: Any
     kv_heads: int
+    group: int
+    """Query heads per KV head."""
     head_dim: int
 
     @property
@@ -63,6 +65,7 @@ def attention_layers(model: PreTrainedModel) -> AttentionLayers:
     groups = {m.num_key_value_groups for m in modules}
     if len(sizes) != 1 or 0 in sizes or len(groups) != 1:
         raise refuse("its layers differ in head size or head count")
+    (group,) = groups
     windows = [_window(config, i, refuse) for i in range(len(modules))]
     if None not in windows:
         raise refuse("every layer has a sliding window, so no layer holds more than that; set sliding_window=None")
@@ -70,7 +73,8 @@ def attention_layers(model: PreTrainedModel) -> AttentionLayers:
         modules=modules,
         windows=windows,
         text_config=config,
-        kv_heads=config.num_attention_heads // groups.pop(),
+        kv_heads=config.num_attention_heads // group,
+        group=group,
         head_dim=sizes.pop(),
     )
 

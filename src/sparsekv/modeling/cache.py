@@ -5,13 +5,14 @@ the Cache methods that `generate` calls only count columns. A forward that the p
 was; one that another error interrupts before its last attention layer is taken back when the next begins.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekv.cache.pages import PagePool, human_bytes, parse_bytes
+from sparsekv.attend import Executor, Part, allocate, choose_page_size, page_bytes
+from sparsekv.cache.pages import human_bytes, parse_bytes
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.cache.rollback import Rollback
 from sparsekv.cache.stats import KVStats
@@ -20,7 +21,6 @@ from sparsekv.modeling.attached import AttachedLayer, PagedCache
 from sparsekv.modeling.padding import Packing, packing_of
 from sparsekv.ops.device import free_memory
 from sparsekv.ops.layout import PoolExhausted
-from sparsekv.policies import Step, decode_layer, prefill_layer
 
 SHARE_OF_FREE_MEMORY = 0.5
 """The largest part of the free memory that a pool takes when kv_memory is not given."""
@@ -31,15 +31,10 @@ class _Forward:
     """The forward under way."""
 
     packing: Packing
-    seen: Tensor
-    """int32 [layers, B]: tokens that each layer saw before the forward."""
+    part: Part
     next_layer: int
     rollback: Rollback | None
     """None in a decode step, whose need for pages is known before anything is written."""
-    reads: list[Tensor] = field(default_factory=list)
-    """By layer, int32 [R, H]: the slots that a decode step read of each head."""
-    prunes: list[tuple[int, Tensor]] = field(default_factory=list)
-    """(layer, slots to keep): carried out at the end, when nothing can fail any more."""
 
 
 class SparseCache(PagedCache):
@@ -47,29 +42,40 @@ class SparseCache(PagedCache):
 
     model: an attached model (sparsekv.attach). kv_memory: the pool's size, in bytes or as "2GiB"; without it the pool
     can hold the model's whole context densely for every row, but takes at most half of the free memory (on the CPU
-    pages that are never used cost nothing). page_size: slots per page.
+    pages that are never used cost nothing). page_size: slots per page; without it what the policy needs, else 32.
 
     Raises ValueError for a model that is not attached, a bad size, or, in a forward, when the pool is full (naming the
     bytes needed; the cache stays usable) or the text exceeds the model's context.
     """
 
-    def __init__(self, model: PreTrainedModel, *, kv_memory: int | str | None = None, page_size: int = 32) -> None:
-        if page_size < 1:
+    def __init__(
+        self, model: PreTrainedModel, *, kv_memory: int | str | None = None, page_size: int | None = None
+    ) -> None:
+        if page_size is not None and page_size < 1:
             raise ValueError(f"page_size is {page_size}; it counts token slots, so use at least 1 (32 is the default)")
         self.attachment = attachment_of(model)
         self._kv_memory = None if kv_memory is None else parse_bytes(kv_memory)
-        self._page_size = page_size
-        self._ragged: RaggedCache | None = None
+        self._policies = [attached.policy for attached in self.attachment.layers]
+        self._page_size = choose_page_size(self._policies, page_size)
+        self._executor: Executor | None = None
         self._forward: _Forward | None = None
-        self._reads = self._peak = torch.zeros((), dtype=torch.int64)
+        self._prompts = set[int]()
+        """Rows whose prompt is not known to be over."""
+        self._earlier_reads = torch.zeros(())
+        """int64 [2, N, H]: what rows read before they were last selected."""
+        self._peak = torch.zeros((), dtype=torch.int64)
         super().__init__(len(self.attachment.layers))
 
     @property
     def ragged(self) -> RaggedCache:
         """The page tables and the pool. Raises ValueError before the first forward, which decides their size."""
-        if self._ragged is None:
+        return self._running.ragged
+
+    @property
+    def _running(self) -> Executor:
+        if self._executor is None:
             raise ValueError("the cache is empty: run a forward with past_key_values=cache first")
-        return self._ragged
+        return self._executor
 
     # What the attention function calls
 
@@ -89,34 +95,19 @@ class SparseCache(PagedCache):
             self._begin(qkv[1], mask)
         forward = self._forward
         assert forward is not None and forward.next_layer == attached.layer, "layers must run in order"
-        packing, pages = forward.packing, self.ragged.layer(attached.layer)
-        query, key, value = (packing.pack(x) for x in qkv)
-        step = Step(
-            layer=attached.layer,
-            batch=packing.batch,
-            hidden=packing.pack_tokens(hidden),
-            query=query,
-            key=key,
-            value=value,
-            seen=forward.seen[attached.layer],
-            scale=scale,
-            state=self.ragged.state[attached.layer],
-        )
+        packing, executor = forward.packing, self._running
+        tokens = [packing.pack_tokens(hidden), *(packing.pack(x) for x in qkv)]
         if forward.rollback is None:
-            out, read = decode_layer(attached.policy, step, pages)
-            forward.reads.append(read.lengths)
+            out = executor.run(attached.layer, forward.part, tokens, scale)
         else:
             forward.rollback.remember(attached.layer, packing.batch)
             try:
-                out = prefill_layer(attached.policy, step, pages)
+                out = executor.run(attached.layer, forward.part, tokens, scale)
             except PoolExhausted as shortage:
                 taken = self._undo()
                 raise ValueError(self.ragged.pool.shortage(taken + shortage.needed)) from None
-            keep = attached.policy.prune(step, pages)
-            if keep is not None:
-                forward.prunes.append((attached.layer, keep))
         forward.next_layer += 1
-        if forward.next_layer == len(self.attachment.layers):
+        if forward.next_layer == len(self._policies):
             self._end(forward, qkv[1].shape[2])
         return packing.unpack(out)
 
@@ -131,35 +122,43 @@ class SparseCache(PagedCache):
                 f"{self.columns + length} tokens exceed the model's context of {self.attachment.max_tokens}; "
                 "shorten the text or generate fewer tokens"
             )
-        if self._ragged is None:
-            self._ragged = self._allocate(key, rows, length)
-        ragged = self._ragged
+        if self._executor is None:
+            self._executor = Executor(self._allocate(key, rows, length), self._policies, count_reads=True)
+        ragged = self._executor.ragged
         if rows != ragged.rows:
             raise ValueError(f"the cache holds {ragged.rows} sequences and the batch has {rows}; use a new SparseCache")
         packing = packing_of((rows, length), None if mask is None else mask[:, -length:].bool(), key.device)
         ragged.grow(self.columns + length)
         decoding = packing.batch.longest == 1
         if decoding:
+            self._finish_prompts()
             self._check_room(ragged)
-        self._forward = _Forward(
-            packing=packing,
-            seen=ragged.seen[:, packing.batch.rows],
-            next_layer=0,
-            rollback=None if decoding else Rollback(ragged),
+        part = Part(
+            batch=packing.batch,
+            seen=ragged.seen[0, packing.batch.rows],
+            tokens=packing.tokens,
+            most=self.columns + length,
         )
+        rollback = None if decoding else Rollback(ragged)
+        self._forward = _Forward(packing=packing, part=part, next_layer=0, rollback=rollback)
 
     def _end(self, forward: _Forward, length: int) -> None:
         """Raises ValueError where kernels, which cannot raise, found too few pages; the forward is taken back."""
         if forward.rollback is not None and self.ragged.pool.pages_free < 0:
             raise ValueError(self.ragged.pool.shortage(self._undo()))
-        for layer, keep in forward.prunes:
-            self.ragged.prune(layer, forward.packing.batch.rows, keep)
         self._forward = None
         self.columns += length
+        if forward.rollback is not None:
+            self._prompts.update(forward.packing.filled)
         held = self.ragged.lengths.sum()
         self._peak = torch.maximum(self._peak.to(held.device), held)
-        if forward.reads:
-            self._reads = self._reads.to(held.device) + torch.stack(forward.reads).sum()
+
+    def _finish_prompts(self) -> None:
+        """A single token comes: the chunk before it was its prompt's last."""
+        if self._prompts and any(policy.prunes for policy in self._policies):
+            rows = torch.tensor(sorted(self._prompts), device=self.ragged.lengths.device)
+            self._running.finish_prompts(rows, self.columns)
+        self._prompts.clear()
 
     def _undo(self) -> int:
         """Take back the forward under way; returns the pages it had taken."""
@@ -183,19 +182,25 @@ class SparseCache(PagedCache):
             raise ValueError(ragged.pool.shortage(needed))
 
     def _allocate(self, key: Tensor, rows: int, length: int) -> RaggedCache:
-        layers, (_, heads, _, dim) = self.attachment.layers, key.shape
-        page_bytes = 2 * self._page_size * dim * key.element_size()
+        shape = self.attachment.head_shape(key.dtype)
+        assert key.shape[1] == shape.kv_heads and key.shape[3] == shape.dim
+        each = page_bytes(self._policies, shape, page_size=self._page_size)
         size = self._kv_memory
         if size is None:
             per_head = -(-self.attachment.max_tokens // self._page_size)
             most = int(SHARE_OF_FREE_MEMORY * free_memory(key.device))
-            size = min(rows * len(layers) * heads * per_head * page_bytes, most)
-        if size < page_bytes:
-            raise ValueError(f"kv_memory of {human_bytes(size)} holds no page of {human_bytes(page_bytes)}; raise it")
-        pool = PagePool(size // page_bytes, page_size=self._page_size, head_dim=dim, dtype=key.dtype, device=key.device)
-        windows = [attached.policy.window(attached.layer) for attached in layers]
-        rewrites = [attached.policy.rewrites for attached in layers]
-        return RaggedCache(pool, windows, kv_heads=heads, rows=rows, max_tokens=length, rewrites=rewrites)
+            size = min(rows * len(self._policies) * shape.kv_heads * per_head * each, most)
+        if size < each:
+            raise ValueError(f"kv_memory of {human_bytes(size)} holds no page of {human_bytes(each)}; raise it")
+        return allocate(
+            self._policies,
+            shape,
+            pages=size // each,
+            page_size=self._page_size,
+            rows=rows,
+            max_tokens=length,
+            device=key.device,
+        )
 
     # What Transformers calls
 
@@ -203,9 +208,11 @@ class SparseCache(PagedCache):
         """Forget everything and free all pages; the pool stays."""
         self._forward = None
         self.columns = 0
-        self._reads, self._peak = torch.zeros_like(self._reads), torch.zeros_like(self._peak)
-        if self._ragged is not None:
-            self._ragged.clear()
+        self._prompts.clear()
+        self._earlier_reads, self._peak = torch.zeros(()), torch.zeros_like(self._peak)
+        if self._executor is not None:
+            self._executor.ragged.clear()
+            self._executor.forget_reads()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Fork each row into `repeats` neighbours that share its settled pages; exact."""
@@ -216,6 +223,9 @@ class SparseCache(PagedCache):
         if self._forward is not None:
             self._undo()
         self.ragged.select(indices.to(self.ragged.lengths.device))
+        self._earlier_reads = self._earlier_reads.to(indices.device) + self._running.total_reads().to(indices.device)
+        self._running.forget_reads()
+        self._prompts = {new for new, old in enumerate(indices.tolist()) if old in self._prompts}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: each beam continues from the row it came from."""
@@ -231,14 +241,17 @@ class SparseCache(PagedCache):
         ragged = self.ragged
         per_head = ragged.lengths[0].numel() // ragged.rows * len(ragged.rings)
         held, seen = int(ragged.lengths.sum()), int(ragged.seen[0].sum())
+        reads, bounds = (self._earlier_reads.cpu() + self._running.total_reads().cpu()).long()
         return KVStats(
             tokens_seen=seen,
             tokens_held=held / per_head,
             compression_ratio=seen * per_head / held if held else 1.0,
-            kv_reads=int(self._reads),
+            kv_reads=int(reads.sum()) / per_head,
+            bound_reads=int(bounds.sum()) / per_head,
             peak_tokens=int(self._peak) / per_head,
             pages=ragged.pool.pages_in_use,
             bytes=ragged.pool.pages_in_use * ragged.pool.page_bytes,
             index_bytes=ragged.index_bytes(),
             held=ragged.lengths.sum(1).tolist(),
+            reads=reads.tolist(),
         )

@@ -18,6 +18,10 @@ class Packing:
     shape: tuple[int, int]
     index: Tensor | None
     batch: Batch
+    tokens: int
+    """T."""
+    filled: list[int]
+    """The rows that have any."""
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, heads, S, D] -> [T, heads, D]."""
@@ -43,14 +47,14 @@ def packing_of(shape: tuple[int, int], valid: Tensor | None, device: torch.devic
     index = None
     if valid is None or bool(valid.all()):
         starts = torch.arange(rows + 1, device=device, dtype=torch.int32) * length
-        longest = length
+        longest, tokens, filled = length, rows * length, list(range(rows))
     else:
         counts = valid.sum(-1, dtype=torch.int32)
         starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
         index = valid.flatten().nonzero()[:, 0]
-        longest = int(counts.max())
+        per_row = counts.tolist()
+        longest, tokens, filled = max(per_row), sum(per_row), [row for row, count in enumerate(per_row) if count]
         if longest == 1 and len(index) < rows:
             longest = 2  # a row without a token: not a decode step, which has exactly one token a row
-    return Packing(
-        shape=shape, index=index, batch=Batch(rows=torch.arange(rows, device=device), starts=starts, longest=longest)
-    )
+    batch = Batch(rows=torch.arange(rows, device=device), starts=starts, longest=longest)
+    return Packing(shape=shape, index=index, batch=batch, tokens=tokens, filled=filled)

@@ -72,9 +72,8 @@ class Batch:
         """int32 [B]: tokens per sequence."""
         return self.starts[1:] - self.starts[:-1]
 
-    def positions(self, seen: Tensor) -> Tensor:
-        """int32 [T]: each token's position in its own sequence; seen: int32 [B]."""
-        total = int(self.starts[-1]) if self.longest > 1 else len(seen)
+    def positions(self, seen: Tensor, *, total: int) -> Tensor:
+        """int32 [total]: each token's position in its own sequence; seen: int32 [B]; total: T."""
         first = torch.repeat_interleave(seen - self.starts[:-1], self.counts, output_size=total)
         return first + torch.arange(total, device=seen.device, dtype=torch.int32)
 
@@ -114,6 +113,32 @@ def ring_positions(seen: Tensor, window: int) -> Tensor:
     entry = torch.arange(window, device=seen.device, dtype=torch.int32)
     last = seen[:, None] - 1
     return last - (last - entry) % window
+
+
+def held_slots(layer: LayerPages, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Where the slots 0 .. width - 1 of each head of rows (int64 [B], -1 for none) lie among all slots of the pool,
+    int64 [B, H, width], and which of them are in use, bool; the others are given the pool's spare place. No wider than
+    the page tables."""
+    size, spare = layer.page_size, layer.kv.shape[0] * layer.page_size
+    width = min(width, layer.pages.shape[-1] * size)
+    slot = torch.arange(width, device=rows.device)
+    live = (slot < layer.lengths[rows][..., None]) & (rows >= 0)[:, None, None]
+    table = layer.pages[rows, :, : -(-width // size)].long()
+    at = (table[..., None] * size + torch.arange(size, device=rows.device)).flatten(-2)[..., :width]
+    return torch.where(live, at, spare), live
+
+
+def written(layer: LayerPages, rows: Tensor, slots: Tensor | None) -> Tensor:
+    """int64 [B, H]: the slot that the decode step just placed took; slots: what `place` was given. Rows of -1: any."""
+    newest = layer.lengths[rows].long() - 1
+    if slots is not None:
+        return torch.where(slots >= 0, slots.long(), newest)
+    if layer.window:
+        entry = ((layer.seen[rows] - 1) % layer.window).long()
+        return (
+            layer.ring[rows].gather(-1, entry[:, None, None].expand(-1, layer.ring.shape[1], 1))[..., 0] >> 1
+        ).long()
+    return newest
 
 
 def check_backend(backend: str | None, device: torch.device, known: tuple[str, ...]) -> str:

@@ -1,10 +1,10 @@
-"""One uniform number per (seed, sample, position), the same whatever else is in the batch.
+"""One uniform number per tuple of keys, such as (seed, sample, position), the same whatever else is in the batch.
 
 The counter-based generator SplitMix64 (Steele, Lea & Flood 2014) as integer tensor arithmetic: no state, no host loop.
 
     z = x + 0x9e3779b97f4a7c15;  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;  z = (z ^ z >> 27) * 0x94d049bb133111eb
     mix(x) = z ^ z >> 31
-    u = mix(mix(mix(seed) + sample) + position) >> 12, over 2^52
+    u = mix(mix(mix(first) + second) + third ...) >> 12, over 2^52
 """
 
 from torch import Tensor
@@ -25,7 +25,9 @@ def mix(x: Tensor) -> Tensor:
     return z ^ _shift(z, 31)
 
 
-def uniform(seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
-    """Numbers in [0, 1 - 2^-52]: seed, sample, position int64 [S] -> float64 [S]."""
-    bits = mix(mix(mix(seed) + sample) + position)
+def uniform(first: Tensor, *others: Tensor) -> Tensor:
+    """Numbers in [0, 1 - 2^-52]: int64 keys that broadcast to one shape -> float64 of that shape."""
+    bits = mix(first)
+    for key in others:
+        bits = mix(bits + key)
     return _shift(bits, 12).double() / 2.0**52

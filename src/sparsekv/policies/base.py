@@ -1,22 +1,24 @@
-"""The protocol of a policy.
+"""The protocol of a policy: where the next token goes, and what the next query reads. Nothing runs here: attend/ does.
 
-A forward hands each governed layer a `Step`. For many tokens per sequence (prefill) the layer attends over [stored] +
-[chunk], places the chunk, then lets the policy prune; for one token per sequence (decode) it places, then attends:
+A forward hands each layer a `Step`. For many tokens per sequence (prefill) the layer attends over [stored] + [chunk],
+then stores the chunk; for one token per sequence (decode) it stores, then attends. A prompt ends once, whatever its
+chunks: the engine says so, a plain Transformers forward is known to have been the last when a single token comes.
 
-    prefill   ops.prefill(marks) -> place -> prune
-    decode    place -> read -> ops.decode -> observe
+    prefill   store -> marks -> attention -> place -> placed -> observe
+    prompt    finish_prompt                         which slots to keep
+    decode    store -> decode_marks -> slots -> place -> placed -> read -> attention -> observe
 
-| method | overrides |
+| method | says |
 |---|---|
 | dense | nothing |
 | DMS, StreamingLLM | window, marks |
-| TOVA, H2O, random | slots (the slot to overwrite once the budget is full), needs_weights + observe, prune, appends |
-| SnapKV | prune |
-| DMC | place (merge into the last slot) |
+| TOVA, H2O, random | slots (the slot to overwrite once the budget is full), finish_prompt, appends |
+| SnapKV | finish_prompt |
+| DMC | store (the running mean that takes the last slot's place), marks |
 | Quest | read (a view with fewer pages) |
 
-A policy holds no tensors of its own that belong to a sequence: one policy serves many caches, and rows are forked and
-reordered. What it must remember from step to step (accumulated weights) lives in `Step.state`.
+A policy holds no tensor that belongs to a sequence: one policy serves many caches, and rows are forked and reordered.
+What it must remember it declares in `state` and finds in `Step.state`.
 """
 
 from dataclasses import dataclass, field
@@ -25,10 +27,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparsekv.ops.decode import decode
+from sparsekv.cache.state import HeadShape, LayerState, State
 from sparsekv.ops.layout import Batch, LayerPages, LinearMarks
-from sparsekv.ops.place import align_marks, place
-from sparsekv.ops.prefill import prefill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ class Step:
     layer: int
     batch: Batch
     hidden: Tensor
-    """[T, hidden_size]: the attention layer's input, after its input norm; with DMS's neuron source its logits
-    [T, kv_heads]."""
+    """[T, hidden_size]: the attention layer's input, after its input norm; with a neuron source what was read off the
+    queries and keys before RoPE, [T, kv_heads, ...]."""
     query: Tensor
     """[T, H * G, D], after RoPE."""
     key: Tensor
@@ -49,33 +49,103 @@ class Step:
     seen: Tensor
     """int32 [B]: tokens that this layer saw of each sequence before the step."""
     scale: float
-    state: dict[str, Tensor] = field(default_factory=dict)
-    """What the policy remembers of this layer in this cache, empty at first: tensors [R, ...] over the cache's rows,
-    forked, reordered and taken back with them."""
+    most: int
+    """At least the slots that a head of these rows holds after the step; known without asking the device."""
+    samples: Tensor | None = None
+    """int64 [B]: which copy of its prompt a row is, 0 for nobody's copy."""
+    state: LayerState = field(default_factory=LayerState)
 
     @property
     def positions(self) -> Tensor:
         """int32 [T]: each token's position in its own sequence, padding not counted."""
-        return self.batch.positions(self.seen)
+        return self.batch.positions(self.seen, total=self.key.shape[0])
+
+    @property
+    def decoding(self) -> bool:
+        """Whether it is a single token of each sequence."""
+        return self.batch.longest == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What one layer knows when the prompts of B rows are over, all their tokens attended and stored."""
+
+    layer: int
+    rows: Tensor
+    """int64 [B], distinct."""
+    scale: float
+    most: int
+    """At least the slots that a head of these rows holds."""
+    samples: Tensor
+    """int64 [B]."""
+    state: LayerState
+
+    def one_each(self) -> Batch:
+        """One query of each row."""
+        starts = torch.arange(len(self.rows) + 1, dtype=torch.int32, device=self.rows.device)
+        return Batch(rows=self.rows, starts=starts, longest=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the queries of a decode step read."""
+
+    pages: LayerPages
+    """A view whose rows are the step's sequences, in order."""
+    bounds: Tensor
+    """int32 [B, H]: pages whose bounds were read to choose it."""
 
 
 class Policy:
     """Dense attention, and the base of every other policy: all tokens are kept and read."""
 
     name: ClassVar[str] = "dense"
-    needs_weights: ClassVar[bool] = False
-    """Whether `observe` wants the attention weights of each decode step."""
+    masks: ClassVar[bool] = True
+    """Whether window and marks say all, so that a forward without a cache can apply the rule as a mask."""
+    prunes: ClassVar[bool] = False
+    """Whether `finish_prompt` wants to hear that a prompt is over. The prompt itself is read densely then."""
+    rewrites: ClassVar[bool] = False
+    """Whether stored slots may change other than by the ring rule; forks then share no page."""
+    selects: ClassVar[bool] = False
+    """Whether `read` gives less than all that is held."""
+    weighs: ClassVar[bool] = False
+    """Whether `observe` wants each query's log-sum-exp."""
+    recordable: ClassVar[bool] = True
+    """Whether its decode step can be recorded in a CUDA graph: tensor operations alone, of sizes known beforehand."""
+    page_size: int | None = None
+    """Slots of a page, where the method needs so many; None leaves it to the cache."""
     lag: int = 0
     """A decision made at position k + lag is about token k."""
 
-    @property
-    def rewrites(self) -> bool:
-        """Whether stored slots may change other than by the ring rule; forks then share no page."""
-        return any(getattr(type(self), name) is not getattr(Policy, name) for name in ("slots", "place", "prune"))
+    def state(self, shape: HeadShape) -> list[State]:
+        """What is to be remembered, see cache.state."""
+        return []
 
     def window(self, layer: int) -> int:
         """How long a marked token of this layer stays visible; 0 if the policy marks nothing. At least `lag`."""
         return 0
+
+    def most_held(self, layer: int, *, prompt: int, tokens: int) -> int:
+        """An upper bound of the slots that a head of this layer takes for a sequence of `tokens` tokens, `prompt` of
+        them the prompt, between steps and once the prompt is over."""
+        return tokens
+
+    def most_in_prompt(self, layer: int, tokens: int) -> int:
+        """The same while a prompt of `tokens` tokens is read."""
+        return tokens
+
+    def appends(self, pages: LayerPages) -> Tensor:
+        """bool [R, H]: which heads the next decoded token may lengthen; known before the step, so that a full pool
+        is refused before anything is written. The ring rule; a policy with a budget says which heads are below it."""
+        if pages.window <= self.lag:
+            return torch.ones_like(pages.lengths, dtype=torch.bool)
+        entry = (pages.seen % pages.window).long()[:, None, None].expand(-1, pages.lengths.shape[1], 1)
+        marked = (pages.ring.gather(-1, entry)[..., 0] & 1).bool()
+        return ~(marked & (pages.seen >= pages.window)[:, None])
+
+    def store(self, step: Step, pages: LayerPages) -> tuple[Tensor, Tensor]:
+        """The keys and values to store and attend to, [T, H, D] each."""
+        return step.key, step.value
 
     def marks(self, step: Step) -> Tensor | None:
         """bool [T, H]: which tokens are forgotten once they leave the window, by the position that decides (lag)."""
@@ -89,68 +159,18 @@ class Policy:
         """int32 [B, H]: the slot that a decoded token overwrites, -1 to append; None for the ring rule."""
         return None
 
-    def appends(self, pages: LayerPages) -> Tensor:
-        """bool [R, H]: which heads the next decoded token may lengthen; known before the step, so that a full pool
-        is refused before anything is written. The ring rule; a policy with a budget says which heads are below it."""
-        if pages.window <= self.lag:
-            return torch.ones_like(pages.lengths, dtype=torch.bool)
-        entry = (pages.seen % pages.window).long()[:, None, None].expand(-1, pages.lengths.shape[1], 1)
-        marked = (pages.ring.gather(-1, entry)[..., 0] & 1).bool()
-        return ~(marked & (pages.seen >= pages.window)[:, None])
+    def placed(self, step: Step, pages: LayerPages) -> None:
+        """The step's tokens have been stored. Those of a layer without a ring are the last of their heads in a
+        prefill; see ops.layout.written for a decode step."""
 
-    def most_held(self, layer: int, tokens: int) -> int:
-        """An upper bound of the slots that a head of this layer ever takes for a sequence of `tokens` tokens."""
-        return tokens
-
-    def place(self, step: Step, pages: LayerPages, marks: Tensor | LinearMarks | None) -> None:
-        """Store the step's tokens. marks: bool [T, H], aligned to their tokens."""
-        slots = self.slots(step, pages) if step.batch.longest == 1 else None
-        place(pages, step.batch, step.key, step.value, marks=marks, slots=slots)
-
-    def read(self, step: Step, pages: LayerPages) -> LayerPages:
-        """What a decoded query reads: `pages`, or a view of it with other page tables and lengths."""
-        return pages
-
-    def observe(self, step: Step, pages: LayerPages, weights: Tensor) -> None:
-        """Sees weights [B, H * G, longest head] of a decode step, if `needs_weights`."""
-
-    def prune(self, step: Step, pages: LayerPages) -> Tensor | None:
-        """bool [B, H, longest head]: the slots to keep after a prefill chunk; None keeps all. Carried out when the
-        forward ends, in layers without a window."""
+    def read(self, step: Step, pages: LayerPages) -> Reading | None:
+        """What a decoded query reads; None for all."""
         return None
 
+    def observe(self, step: Step, pages: LayerPages, lse: Tensor | None) -> None:
+        """The step has been attended. lse: [T, H * G], the log-sum-exp of each query's scores, if the policy weighs."""
 
-def prefill_layer(policy: Policy, step: Step, pages: LayerPages) -> Tensor:
-    """Attend and place many tokens per sequence: [T, H * G, D]. The caller prunes.
-
-    Raises PoolExhausted where the pool has too few pages; nothing of this layer is placed then.
-    """
-    marks = _aligned(policy, step, pages, policy.marks(step))
-    out = prefill(pages, step.batch, step.query, step.key, step.value, scale=step.scale, marks=marks)
-    policy.place(step, pages, marks)
-    return out
-
-
-def decode_layer(policy: Policy, step: Step, pages: LayerPages) -> tuple[Tensor, LayerPages]:
-    """Place and attend one token per sequence: ([T, H * G, D], the pages that were read).
-
-    Raises PoolExhausted where the pool has too few pages.
-    """
-    marks = policy.decode_marks(step)
-    policy.place(step, pages, marks if isinstance(marks, LinearMarks) else _aligned(policy, step, pages, marks))
-    view, rows = policy.read(step, pages), step.batch.rows
-    result = decode(view, rows, step.query, scale=step.scale, return_weights=policy.needs_weights)
-    if result.weights is not None:
-        policy.observe(step, pages, result.weights)
-    return result.out, view
-
-
-def _aligned(policy: Policy, step: Step, pages: LayerPages, marks: Tensor | None) -> Tensor | None:
-    if marks is None or policy.lag == 0:
-        return marks
-    if policy.lag > 1:
-        raise ValueError(
-            f"lag is {policy.lag}, immediate eviction: a cache of pages cannot look back so far; it is for comparisons "
-            "by the mask, without a cache"
-        )
-    return align_marks(pages, step.batch, marks, policy.lag)
+    def finish_prompt(self, prompt: Prompt, pages: LayerPages) -> Tensor | None:
+        """bool [B, H, W], W at least the longest head: the slots to keep of a prompt that is over; None keeps all.
+        Called once a prompt, if the policy prunes."""
+        return None

@@ -25,7 +25,10 @@ class StreamingPolicy(Policy):
     def window(self, layer: int) -> int:
         return self.budget - self.sinks
 
-    def most_held(self, layer: int, tokens: int) -> int:
+    def most_held(self, layer: int, *, prompt: int, tokens: int) -> int:
+        return min(tokens, self.budget)
+
+    def most_in_prompt(self, layer: int, tokens: int) -> int:
         return min(tokens, self.budget)
 
     def marks(self, step: Step) -> Tensor:

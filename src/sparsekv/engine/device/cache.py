@@ -1,31 +1,17 @@
 """EngineCache: the transformers.Cache face of the engine's rows, for one packed forward [1, T] of an unmodified model.
 
-The first tokens are decodes, one per row; the rest are chunks of prompts. Each part goes through the policy's own
-decode_layer or prefill_layer, as it does under SparseCache. To torch.compile one layer is one opaque operation,
-sparsekv::attend, so that a graph records the kernels and nothing of the cache.
+The first tokens are decodes, one per row; the rest are chunks of prompts. To torch.compile one layer is one opaque
+operation, sparsekv::attend, so that a graph records the kernels and nothing of the cache.
 """
 
-from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from sparsekv.attend import Executor, Part
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.modeling.attached import AttachedLayer, Attachment, PagedCache
-from sparsekv.ops.layout import Batch
-from sparsekv.policies import Policy, Step, decode_layer, prefill_layer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Some rows' tokens in a packed forward."""
-
-    batch: Batch
-    seen: Tensor
-    """int32 [B]: tokens of each sequence before the forward."""
-    tokens: int
-    """T of this part."""
 
 
 class EngineCache(PagedCache):
@@ -36,16 +22,20 @@ class EngineCache(PagedCache):
 
     def __init__(self, attachment: Attachment, ragged: RaggedCache) -> None:
         super().__init__(len(attachment.layers))
-        self.ragged = ragged
-        self.attached = attachment.layers
+        policies = [attached.policy for attached in attachment.layers]
+        self.executor = Executor(ragged, policies, count_reads=any(policy.selects for policy in policies))
         self.parts: tuple[Part | None, Part | None] = (None, None)
         self.handle = id(self)
-        self.reads: Tensor | None = None
-        """int64 [R]: tokens read by each row's decodes, where a policy reads less than it holds; else None."""
-        if any(type(attached.policy).read is not Policy.read for attached in self.attached):
-            self.reads = torch.zeros(ragged.rows, dtype=torch.int64, device=ragged.lengths.device)
-        self._prunes: list[tuple[int, Tensor, Tensor]] = []
         _CACHES[self.handle] = self
+
+    @property
+    def ragged(self) -> RaggedCache:
+        return self.executor.ragged
+
+    @property
+    def reads(self) -> Tensor | None:
+        """int64 [2, N, R + 1, H]: see Executor.reads; None where all that is held is read."""
+        return self.executor.reads
 
     def attend(
         self,
@@ -65,56 +55,12 @@ class EngineCache(PagedCache):
         """As attend, by layer number."""
         tokens = [hidden[0], *(x[0].transpose(0, 1) for x in qkv)]
         outs, first = [], 0
-        for part, run in zip(self.parts, (self._decode, self._prefill), strict=True):
+        for part in self.parts:
             if part is not None:
                 mine = [x[first : first + part.tokens] for x in tokens]
-                outs.append(run(layer, part, mine, scale))
+                outs.append(self.executor.run(layer, part, mine, scale))
                 first += part.tokens
         return (outs[0] if len(outs) == 1 else torch.cat(outs))[None]
-
-    def end_forward(self) -> None:
-        """Carry out what policies pruned."""
-        for layer, rows, keep in self._prunes:
-            self.ragged.prune(layer, rows, keep)
-        self._prunes.clear()
-
-    def _decode(self, layer: int, part: Part, tokens: list[Tensor], scale: float) -> Tensor:
-        policy, step, pages = (
-            self.attached[layer].policy,
-            self._step(layer, part, tokens, scale),
-            self.ragged.layer(layer),
-        )
-        out, read = decode_layer(policy, step, pages)
-        if self.reads is not None:
-            rows = part.batch.rows
-            self.reads.index_add_(0, rows, read.lengths[rows].sum(-1))
-        return out
-
-    def _prefill(self, layer: int, part: Part, tokens: list[Tensor], scale: float) -> Tensor:
-        policy, step, pages = (
-            self.attached[layer].policy,
-            self._step(layer, part, tokens, scale),
-            self.ragged.layer(layer),
-        )
-        out = prefill_layer(policy, step, pages)
-        keep = policy.prune(step, pages)
-        if keep is not None:
-            self._prunes.append((layer, part.batch.rows, keep))
-        return out
-
-    def _step(self, layer: int, part: Part, tokens: list[Tensor], scale: float) -> Step:
-        hidden, query, key, value = tokens
-        return Step(
-            layer=layer,
-            batch=part.batch,
-            hidden=hidden,
-            query=query,
-            key=key,
-            value=value,
-            seen=part.seen,
-            scale=scale,
-            state=self.ragged.state[layer],
-        )
 
 
 _CACHES: WeakValueDictionary[int, EngineCache] = WeakValueDictionary()

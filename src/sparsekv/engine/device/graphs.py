@@ -5,14 +5,15 @@ the kernels skip. Lengths, page tables and the offset live in tensors that never
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
 
-from sparsekv.engine.device.cache import EngineCache, Part
+from sparsekv.attend import Part
+from sparsekv.engine.device.cache import EngineCache
 from sparsekv.engine.device.merge import lay_end_to_end, merge
 from sparsekv.engine.device.products import with_own_products
 from sparsekv.ops.layout import Batch
@@ -38,23 +39,22 @@ def buckets_up_to(rows: int) -> list[int]:
     return [*(size for size in sizes if size < rows), rows]
 
 
-def why_not_graphable(cache: EngineCache) -> str | None:
+def why_not_recordable(policies: Sequence[Policy]) -> str | None:
     """The reason why decode steps of these policies cannot be recorded, or None."""
-    for attached in cache.attached:
-        policy = attached.policy
-        own = [n for n in ("slots", "place", "read", "observe") if getattr(type(policy), n) is not getattr(Policy, n)]
-        if own or policy.needs_weights or policy.lag:
-            what = f"its own {', '.join(own)}" if own else f"lag {policy.lag}" if policy.lag else "attention weights"
-            return f"policy {policy.name!r} uses {what} in decode steps"
+    for policy in policies:
+        if not policy.recordable:
+            return f"the decode step of policy {policy.name!r} asks the device while it runs"
     return None
 
 
 class DecodeGraphs:
-    """Records on construction. forward: see compiled_decode; sizes: batches to record, such as buckets_up_to(rows)."""
+    """Records on construction. forward: see compiled_decode; sizes: batches to record, such as buckets_up_to(rows);
+    max_tokens: of any sequence."""
 
-    def __init__(self, forward: Forward, cache: EngineCache, *, sizes: list[int]) -> None:
+    def __init__(self, forward: Forward, cache: EngineCache, *, sizes: list[int], max_tokens: int) -> None:
         rows, device = max(sizes), cache.ragged.lengths.device
         self.cache = cache
+        self.max_tokens = max_tokens
         self.ids = torch.zeros(1, rows, dtype=torch.int64, device=device)
         self.positions = torch.zeros(1, rows, dtype=torch.int64, device=device)
         self.rows = torch.full((rows,), -1, dtype=torch.int64, device=device)
@@ -97,7 +97,7 @@ class DecodeGraphs:
 
     def _part(self, size: int) -> Part:
         batch = Batch(rows=self.rows[:size], starts=self.starts[: size + 1], longest=1)
-        return Part(batch=batch, seen=self.seen[:size], tokens=size)
+        return Part(batch=batch, seen=self.seen[:size], tokens=size, most=self.max_tokens)
 
 
 def decode_backend(device: torch.device) -> Callable[[fx.GraphModule, list[Any]], Any]:

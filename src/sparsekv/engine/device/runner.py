@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsekv.attend import Part
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.cache.swap import SwappedRow, swap_in, swap_out
-from sparsekv.engine.device.cache import EngineCache, Part
+from sparsekv.engine.device.cache import EngineCache
 from sparsekv.engine.device.graphs import DecodeGraphs
 from sparsekv.engine.device.history import TokenHistory
 from sparsekv.engine.device.sampler import SamplingBatch, sample, sampling_batch, upload
@@ -37,7 +38,8 @@ class StepResult:
     """int32 [layers, rows, kv_heads]."""
     free: int
     reads: NDArray[np.int64] | None
-    """int64 [rows]: tokens that each row ever read, where that is not what they hold."""
+    """int64 [2, layers, rows + 1, kv_heads]: tokens, and pages whose bounds, that each row ever read, where that is not
+    what they hold."""
 
 
 class Pending:
@@ -92,7 +94,8 @@ class Runner:
             [len(decodes), len(decodes), len(samples)]
         )
         if chunks or self.graphs is None:
-            logits = self._forward(rows, positions, chunks)
+            most = max((s.placed + 1 for s in decodes), default=1)
+            logits = self._forward(rows, positions, chunks, most=most)
         else:
             logits = self.graphs.run(self.last_token[rows], rows, positions)
         tensors = self._sample(logits, samples, chunks, targets) if samples else {"tokens": targets}
@@ -101,14 +104,16 @@ class Runner:
             tensors["reads"] = self.cache.reads
         return Pending(tensors)
 
-    def _forward(self, rows: Tensor, positions: Tensor, chunks: list[Chunk]) -> Tensor:
-        """Logits [samples' sources, vocab]: of each decode, and of the last token of each prompt that is complete."""
+    def _forward(self, rows: Tensor, positions: Tensor, chunks: list[Chunk], *, most: int) -> Tensor:
+        """Logits [samples' sources, vocab]: of each decode, and of the last token of each prompt that is complete.
+        most: at least the tokens of any decoding sequence."""
         n, ids = len(rows), self.last_token[rows]
         keep = torch.arange(n, device=self.device)
         decode = None
         if n:
             starts = torch.arange(n + 1, dtype=torch.int32, device=self.device)
-            decode = Part(batch=Batch(rows=rows, starts=starts, longest=1), seen=positions.int(), tokens=n)
+            batch = Batch(rows=rows, starts=starts, longest=1)
+            decode = Part(batch=batch, seen=positions.int(), tokens=n, most=most)
         prefill = None
         if chunks:
             prefill, new_ids, new_positions, ends = self._chunks(chunks, n)
@@ -122,7 +127,7 @@ class Runner:
             use_cache=True,
             logits_to_keep=keep,
         ).logits[0]
-        self.cache.end_forward()
+        self._finish_prompts(chunks)
         return logits
 
     def _chunks(self, chunks: list[Chunk], first: int) -> tuple[Part, Tensor, Tensor, Tensor]:
@@ -137,7 +142,15 @@ class Runner:
         rows, seen, offsets, end, ids, at = upload(flat, torch.int64, self.device).split([b, b, b + 1, len(ends), t, t])
         # At least 2: a chunk of one token is still prefill, not a decode step.
         batch = Batch(rows=rows, starts=offsets.int(), longest=max(2, *counts))
-        return Part(batch=batch, seen=seen.int(), tokens=t), ids, at, end
+        most = max(c.start + c.count for c in chunks)
+        return Part(batch=batch, seen=seen.int(), tokens=t, most=most), ids, at, end
+
+    def _finish_prompts(self, chunks: list[Chunk]) -> None:
+        """Let policies prune the prompts that are complete."""
+        done = [c for c in chunks if c.samples]
+        if done and any(policy.prunes for policy in self.cache.executor.policies):
+            rows = upload([c.sequence.row_() for c in done], torch.int64, self.device)
+            self.cache.executor.finish_prompts(rows, max(c.start + c.count for c in done))
 
     def _sample(
         self, logits: Tensor, samples: list[Sequence], chunks: list[Chunk], positions: Tensor
@@ -180,6 +193,7 @@ class Runner:
     def assign(self, sequence: Sequence) -> None:
         """The sequence's row has just been forked or swapped in: give the device what it needs to go on."""
         self._batch = None
+        self.ragged.samples[sequence.row_()] = sequence.index
         if sequence.decoding:
             self.last_token[sequence.row_()] = sequence.tokens[-1]
             if sequence.request.params.penalised:

@@ -4,7 +4,7 @@ A sample's tokens are counted twice: `placed` and `sampled` count what the devic
 the host has read back, at most one step behind.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -28,14 +28,18 @@ class Status(Enum):
 
 @dataclass(kw_only=True)
 class Counters:
-    """What a sample held and read, in slots summed over layers and heads."""
+    """What a sample held and read, in slots (bounds: pages) summed over layers and heads."""
 
     reads: int = 0
+    bounds: int = 0
     held: int = 0
     peak: int = 0
 
+    def hold(self, slots: int) -> None:
+        self.held, self.peak = slots, max(self.peak, slots)
+
     def copy(self) -> "Counters":
-        return Counters(reads=self.reads, held=self.held, peak=self.peak)
+        return replace(self)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -148,7 +152,8 @@ class Request:
             kv=RequestKV(
                 tokens_seen=sequence.placed,
                 tokens_held=counters.held / self.heads,
-                kv_reads=counters.reads,
+                kv_reads=counters.reads / self.heads,
+                bound_reads=counters.bounds / self.heads,
                 peak_tokens=counters.peak / self.heads,
             ),
             session=sequence.session,

@@ -109,14 +109,14 @@ class Scheduler:
     def issued(self, step: RunStep) -> None:
         """The step has been given to the device."""
         samples = step.samples
-        tokens = {s.row_(): 1 for s in step.decodes} | {c.sequence.row_(): c.count for c in step.chunks}
+        chunks = {c.sequence.row_(): c.count for c in step.chunks}
+        self.ledger.issue([s.row_() for s in step.decodes], chunks)
         for sequence in step.decodes:
             sequence.placed += 1
         for chunk in step.chunks:
             chunk.sequence.placed += chunk.count
         for sequence in samples:
             sequence.sampled += 1
-        self.ledger.issue(tokens)
 
     def observe_ratio(self) -> None:
         """Update the expected ratio from what the running sequences hold."""
@@ -129,7 +129,9 @@ class Scheduler:
     def pages_needed(self, request: Request) -> int:
         """Pages that one sample needs at the best ratio to be hoped for. More than the pool: it can never fit."""
         new = 1 if request.params.max_tokens is None else request.most_new
-        return self.ledger.estimate(len(request.prompt) + new - 1, self.best_ratio)
+        prompt = len(request.prompt)
+        held = self.ledger.estimate(prompt, prompt + new - 1, self.best_ratio)
+        return max(held, self.ledger.estimate_prompt(prompt, self.best_ratio))
 
     # What to do next
 
@@ -183,7 +185,7 @@ class Scheduler:
             expected += self._expected(sequence, count)
             if count > 0:
                 chunks.append(_chunk(sequence, count))
-                spare -= self.ledger.growth([sequence.row_()], count)
+                spare -= self.ledger.growth_of_prompt(sequence.row_(), count)
                 budget -= count
         while self.waiting and budget > 0 and self.free_rows and not self.swapped:
             sequence = self.waiting[0]
@@ -197,14 +199,14 @@ class Scheduler:
             self.start(sequence, row)
             expected += self._expected(sequence, count)
             chunks.append(_chunk(sequence, count))
-            spare -= self.ledger.growth([row], count)
+            spare -= self.ledger.growth_of_prompt(row, count)
             budget -= count
         return chunks
 
     def _expected(self, sequence: Sequence, chunk: int) -> int:
         """Pages that the rest of a prompt will take after this chunk, at the expected ratio."""
         ledger, done = self.ledger, sequence.placed + chunk
-        return ledger.estimate(sequence.total, self.ratio) - ledger.estimate(done, self.ratio)
+        return ledger.estimate_prompt(sequence.total, self.ratio) - ledger.estimate_prompt(done, self.ratio)
 
 
 def _chunk(sequence: Sequence, count: int) -> Chunk:

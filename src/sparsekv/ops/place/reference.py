@@ -9,7 +9,8 @@ from sparsekv.ops.layout import Batch, LayerPages, PoolExhausted, ring_positions
 def align_marks(layer: LayerPages, batch: Batch, decisions: Tensor, lag: int) -> Tensor:
     """Move decisions [T, H] to the tokens they decide: within the call by shifting, before it by setting ring marks.
 
-    The last `lag` tokens of each sequence stay undecided (unmarked) until the next call. Never waits for the device.
+    The last `lag` tokens of each sequence, at most the window, stay undecided (unmarked) until the next call. Never
+    waits for the device.
     """
     total, heads = decisions.shape
     if total == 0:
@@ -19,15 +20,17 @@ def align_marks(layer: LayerPages, batch: Batch, decisions: Tensor, lag: int) ->
     decided = index + lag < batch.starts[sequence + 1]
     aligned = decisions[(index + lag).clamp(max=total - 1)] & decided[:, None]
 
-    rows, head = batch.rows[:, None], torch.arange(heads, device=decisions.device)
-    for offset in range(lag):
-        earlier = layer.seen[batch.rows] + offset - lag
-        pending = (batch.counts > offset) & (earlier >= 0) & (batch.rows >= 0)
-        entry = (earlier % layer.window).long()[:, None]
-        old = layer.ring[rows, head, entry]
-        new = old & ~1 | decisions[(batch.starts[:-1] + offset).clamp(max=total - 1)].int()
-        # Added, not set: padded rows (-1) name the last row too, and must leave it as it is.
-        layer.ring.index_put_((rows, head, entry), torch.where(pending[:, None], new - old, 0), accumulate=True)
+    # The first `lag` decisions of the call are about tokens in the ring.
+    offset = torch.arange(lag, device=decisions.device)
+    earlier = layer.seen[batch.rows][:, None] + offset - lag  # [B, lag]
+    pending = (batch.counts[:, None] > offset) & (earlier >= 0) & (batch.rows >= 0)[:, None]
+    entry = (earlier % layer.window).long()[..., None]
+    rows, head = batch.rows[:, None, None], torch.arange(heads, device=decisions.device)
+    old = layer.ring[rows, head, entry]  # [B, lag, H]
+    source = (batch.starts[:-1, None] + offset).clamp(max=total - 1)
+    new = old & ~1 | decisions[source].int()
+    # Added, not set: padded rows (-1) name the last row too, and must leave it as it is.
+    layer.ring.index_put_((rows, head, entry), torch.where(pending[..., None], new - old, 0), accumulate=True)
     return aligned
 
 
