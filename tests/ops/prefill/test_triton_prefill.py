@@ -16,7 +16,7 @@ from sparsekv.cache.ragged import RaggedCache
 from sparsekv.ops import layout
 from sparsekv.ops.layout import Batch, LayerPages, batch_of
 from sparsekv.ops.place import place
-from sparsekv.ops.prefill import compact, prefill, triton
+from sparsekv.ops.prefill import compact, prefill, reference, triton
 from sparsekv.ops.prefill.triton import PrefillConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,9 +93,19 @@ def scale_of(q: Tensor) -> float:
 
 
 def dense(scene: Scene, dtype: torch.dtype) -> Tensor:
-    """[T, H * G, D]: the masked square, every operation in dtype."""
+    """[T, H * G, D]: attention by the masked square, every operation in dtype."""
+    return _square(scene, dtype)[0]
+
+
+def log_sum_exp(scene: Scene, dtype: torch.dtype) -> Tensor:
+    """[T, H * G]: that of each query's scores, likewise."""
+    return _square(scene, dtype)[1]
+
+
+def _square(scene: Scene, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     q, heads, window = scene.chunk.q, scene.layer.lengths.shape[1], scene.layer.window
     out = torch.zeros_like(q, dtype=dtype).unflatten(1, (heads, -1))
+    lse = torch.full_like(out[..., 0], -torch.inf)
     for i, row in enumerate(scene.chunk.batch.rows.tolist()):
         if row < 0:
             continue
@@ -116,7 +126,8 @@ def dense(scene: Scene, dtype: torch.dtype) -> Tensor:
         query = q[start:end].unflatten(1, (heads, -1)).permute(1, 2, 0, 3).to(dtype)
         scores = (query @ k[:, None].mT.to(dtype) * scale_of(q)).masked_fill(~visible[:, None], -torch.inf)
         out[start:end] = (scores.softmax(-1) @ v[:, None].to(dtype)).permute(2, 0, 1, 3)
-    return out.flatten(1, 2)
+        lse[start:end] = scores.logsumexp(-1).permute(2, 0, 1)
+    return out.flatten(1, 2), lse.flatten(1, 2)
 
 
 def assert_right(scene: Scene, *, config: PrefillConfig | None = SMALL) -> None:
@@ -236,6 +247,38 @@ def test_rows_of_minus_one_give_zeros():
     c = padded.chunk
     reference = prefill(s.layer, batch, c.q, c.k, c.v, scale=scale_of(c.q), marks=c.marks, backend="reference")
     assert torch.allclose(out, reference, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("counts", "window", "dtype"),
+    [
+        ([[30, 7], [63, 33]], 0, torch.float32),
+        ([[30, 0, 17], [9, 20, 4], [63, 31, 1]], 16, torch.float16),
+        ([[12], [40], [73]], 40, torch.bfloat16),
+    ],
+)
+def test_log_sum_exp(counts, window, dtype, backend, monkeypatch):
+    """With marks and rings, chunk after chunk; the output stays what it is without. A row of -1 has minus infinity."""
+    monkeypatch.setattr(reference, "BLOCK", 32)
+    s = scene(*counts, window=window, dtype=dtype, heads=1)
+    c = s.chunk
+    options = {"scale": scale_of(c.q), "marks": c.marks, "backend": backend}
+    if backend == "triton":
+        options["config"] = SMALL
+    out, lse = prefill(s.layer, c.batch, c.q, c.k, c.v, return_lse=True, **options)
+    assert torch.equal(out, prefill(s.layer, c.batch, c.q, c.k, c.v, **options))
+    eager, exact = log_sum_exp(s, torch.float32), log_sum_exp(s, torch.float64)
+    rounding = torch.finfo(torch.float32).eps * (1 + exact.abs().max())
+    assert lse.dtype == torch.float32
+    assert (lse - exact).abs().max() <= BUDGET * torch.maximum((eager - exact).abs().max(), rounding)
+    rows = c.batch.rows.clone()
+    rows[0] = -1
+    padded = Batch(rows=rows, starts=c.batch.starts, longest=c.batch.longest)
+    got = prefill(s.layer, padded, c.q, c.k, c.v, return_lse=True, **options)[1]
+    end = counts[-1][0]
+    assert (got[:end] == -torch.inf).all()
+    assert torch.equal(got[end:], lse[end:])
 
 
 @pytest.mark.parametrize("kind", ["heads first", "sliced", "odd strides"])

@@ -6,7 +6,7 @@ else never (dms.visibility). Blocks in which nothing is visible cost nothing, so
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 BACKENDS = ("reference", "triton")
 
 
+@overload
 def prefill(
     layer: LayerPages,
     batch: Batch,
@@ -28,14 +29,43 @@ def prefill(
     *,
     scale: float,
     marks: Tensor | None = None,
+    return_lse: Literal[False] = False,
     backend: str | None = None,
     config: PrefillConfig | None = None,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def prefill(
+    layer: LayerPages,
+    batch: Batch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    marks: Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+    config: PrefillConfig | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def prefill(
+    layer: LayerPages,
+    batch: Batch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    marks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+    config: PrefillConfig | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attend for T packed tokens. Writes nothing: call `place` afterwards.
 
     q: [T, H * G, D]; k, v: [T, H, D], keys after RoPE; marks: bool [T, H], aligned to their tokens. Returns
-    [T, H * G, D], 0 for the tokens of a row of -1. config: how the Triton kernel is cut, for benchmarks; None takes the
-    tuned one.
+    [T, H * G, D], 0 for the tokens of a row of -1. return_lse: return with it the log-sum-exp of each query's scores,
+    float32 (float64 for float64 queries) [T, H * G], -inf for the tokens of a row of -1. config: how the Triton kernel
+    is cut, for benchmarks; None takes the tuned one.
 
     Without a backend's name, Triton runs on CUDA (but float64, head sizes that are no multiple of 16, and gradients:
     reference), the reference elsewhere. Raises ValueError for shapes that do not fit the cache, a scale that is not
@@ -55,7 +85,11 @@ def prefill(
 
         obstacle = triton.obstacle(layer, q, k, v)
         if obstacle is None:
-            return triton.prefill(layer, batch, q, k, v, scale=scale, marks=marks, config=config)
+            out, lse = triton.prefill(
+                layer, batch, q, k, v, scale=scale, marks=marks, return_lse=return_lse, config=config
+            )
+            return out if lse is None else (out, lse)
         if backend == "triton":
             raise ValueError(f"backend 'triton' {obstacle}; use 'reference'")
-    return reference.prefill(layer, batch, q, k, v, scale, marks)
+    out, lse = reference.prefill(layer, batch, q, k, v, scale, marks, return_lse)
+    return out if lse is None else (out, lse)

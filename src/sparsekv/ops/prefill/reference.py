@@ -12,11 +12,22 @@ BLOCK = 256
 
 
 def prefill(
-    layer: LayerPages, batch: Batch, q: Tensor, k: Tensor, v: Tensor, scale: float, marks: Tensor | None
-) -> Tensor:
+    layer: LayerPages,
+    batch: Batch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    marks: Tensor | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """See api.prefill."""
     heads = k.shape[1]
     out = torch.empty_like(q).unflatten(1, (heads, -1))
+    lse = None
+    if with_lse:
+        work = torch.promote_types(q.dtype, torch.float32)
+        lse = torch.full(out.shape[:3], -torch.inf, dtype=work, device=q.device)
     grouped = q.unflatten(1, (heads, -1))
     starts = batch.starts.tolist()
     lengths = layer.lengths[batch.rows].tolist()
@@ -38,8 +49,17 @@ def prefill(
             )
             if marks is not None:
                 expiry[lengths[b][h] :].masked_scatter_(marks[tokens, h], position[marks[tokens, h]] + layer.window)
-            out[tokens, h] = _head(grouped[tokens, h], keys, values, birth, expiry, position, scale)
-    return out.flatten(1, 2)
+            out[tokens, h] = _head(
+                grouped[tokens, h],
+                keys,
+                values,
+                birth,
+                expiry,
+                position,
+                scale,
+                None if lse is None else lse[tokens, h],
+            )
+    return out.flatten(1, 2), None if lse is None else lse.flatten(1, 2)
 
 
 def _stored_expiry(layer: LayerPages, row: int, head: int, length: int, seen: int) -> Tensor:
@@ -54,14 +74,24 @@ def _stored_expiry(layer: LayerPages, row: int, head: int, length: int, seen: in
 
 
 def _head(
-    q: Tensor, keys: Tensor, values: Tensor, birth: Tensor, expiry: Tensor, position: Tensor, scale: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    birth: Tensor,
+    expiry: Tensor,
+    position: Tensor,
+    scale: float,
+    lse: Tensor | None,
 ) -> Tensor:
-    """q: [S, G, D]; keys, values: [n, D]; birth, expiry: [n]; position: [S] -> [S, G, D]."""
+    """q: [S, G, D]; keys, values: [n, D]; birth, expiry: [n]; position: [S] -> [S, G, D]. lse: [S, G], written to."""
     outs = []
-    for block, at in zip(q.split(BLOCK), position.split(BLOCK), strict=True):
+    for first, (block, at) in enumerate(zip(q.split(BLOCK), position.split(BLOCK), strict=True)):
         seen = ((expiry > at[0]) & (birth <= at[-1])).nonzero()[:, 0]
         mask = (birth[seen] <= at[:, None]) & (at[:, None] < expiry[seen])
         k, v = (x.index_select(0, seen).expand(block.shape[1], -1, -1) for x in (keys, values))
         out = scaled_dot_product_attention(block.transpose(0, 1)[None], k[None], v[None], mask[None, None], scale=scale)
         outs.append(out[0].transpose(0, 1))
+        if lse is not None:
+            scores = block.to(lse.dtype) @ keys[seen].to(lse.dtype).T * scale
+            lse[first * BLOCK :][:BLOCK] = scores.masked_fill(~mask[:, None], -torch.inf).logsumexp(-1)
     return torch.cat(outs)

@@ -27,6 +27,7 @@ from sparsekv.ops.layout import Batch, LayerPages
 from sparsekv.ops.prefill.compact import aligned, index_ring, pack_kept, strides
 
 NEVER = tl.constexpr(2**31 - 1)
+LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)  # the first running maximum: finite, so that a row that sees nothing yet weighs 0, not NaN
 
 
@@ -92,14 +93,16 @@ def prefill(
     *,
     scale: float,
     marks: Tensor | None,
+    return_lse: bool,
     config: PrefillConfig | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """See api.prefill. The scale must be positive: the running maximum is taken before it."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
     heads, dim = k.shape[1:]
     group = q.shape[1] // heads
     if q.numel() == 0 or batch.longest == 0:
-        return out
+        return out, lse
     config = config or config_of(dim, q.dtype, group, device=q.device)
     q, k, v = aligned(q), aligned(k), aligned(v)
     marks = None if marks is None else marks.contiguous()
@@ -120,6 +123,7 @@ def prefill(
         kept = pack_kept(layer, batch, k, v, marks)
         _attend[(triton.cdiv(batch.longest, config.rows // group), heads, len(batch.rows))](
             out,
+            lse,
             _Chunk(q, k, v, marks),
             kept,
             ring,
@@ -135,7 +139,7 @@ def prefill(
             layer.pages.shape[-1],
             **options,
         )
-    return out
+    return out, lse
 
 
 def _power_of_2(least: int) -> int:
@@ -283,9 +287,9 @@ def _recent(
     return state
 
 
-@triton.jit(do_not_specialize=["pages", "lengths", "seen", "rows", "starts", "scale", "window", "columns"])
+@triton.jit(do_not_specialize=["lse", "pages", "lengths", "seen", "rows", "starts", "scale", "window", "columns"])
 def _attend(
-    out, chunk, kept, ring, kv, pages, lengths, seen, rows, starts, stride, scale, window, columns,
+    out, lse, chunk, kept, ring, kv, pages, lengths, seen, rows, starts, stride, scale, window, columns,
     D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -301,11 +305,14 @@ def _attend(
     real = (tile < QUERIES * GROUP) & (query < count)
     q_head = head * GROUP + tile % GROUP
     dim = tl.arange(0, DP)[None, :]
-    out_at = out + ((start + query) * (heads * GROUP) + q_head)[:, None] * D + dim
+    at = (start + query) * (heads * GROUP) + q_head
+    out_at = out + at[:, None] * D + dim
     out_mask = real[:, None] & (dim < D)
     row = tl.load(rows + sequence)
     if row < 0:
         tl.store(out_at, tl.zeros([ROWS, DP], tl.float32).to(out.dtype.element_ty), mask=out_mask)
+        if lse is not None:
+            tl.store(lse + at, tl.full([ROWS], -float("inf"), tl.float32), mask=real)
         return
 
     q = _rows(chunk.q, (start + query) * stride.q[0] + q_head.to(tl.int64) * stride.q[1], real, D, DP).to(DOT)
@@ -323,5 +330,7 @@ def _attend(
     state = _stored(state, q, query, first, stored, ring, row, window, scale, D, DP, C, SLOTS, DOT)
     state = _kept(state, q, kept, stride, start, before, scale, D, DP, KEYS, DOT)
     state = _recent(state, q, query, first, last, s, chunk, stride, start, window, scale, D, DP, KEYS, DOT)
-    acc, total, _ = state
+    acc, total, top = state
     tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=out_mask)
+    if lse is not None:
+        tl.store(lse + at, (top + tl.log2(total)) * LN_2, mask=real)

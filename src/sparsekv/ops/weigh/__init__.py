@@ -1,0 +1,3 @@
+from sparsekv.ops.weigh.api import weigh
+
+__all__ = ["weigh"]
