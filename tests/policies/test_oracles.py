@@ -325,6 +325,13 @@ def test_random_by_hand():
     assert set(asked) == {(5, 6, 7, 0)}
 
 
+def test_random_spares_at_most_64_recent_tokens():
+    oracle = Random(heads=1, group=1, budget=140, uniform=lambda *name: 1 - 2**-53)
+    play(oracle, [(141, 1)], *random_inputs(0, 142, heads=1, group=1))
+    # Of equal draws the lowest goes: 0. Then 141 takes the newest of those beyond 78..141.
+    assert oracle.held() == [[*range(1, 77), 141, *range(78, 141)]]
+
+
 def test_random_spares_a_prompt_that_fits():
     oracle = Random(heads=1, group=1, budget=4, uniform=lambda *name: 0.0)
     play(oracle, [(2, 4)], *random_inputs(0, 6, heads=1, group=1))
@@ -340,16 +347,32 @@ def test_snapkv_pools_with_zeros_at_the_edges(group, kept):
     assert oracle.held() == [[kept, *range(4, 36)]]
 
 
-def test_snapkv_asks_the_last_32_queries_alone():
-    """Tokens 0 and 9 of ten earlier ones: the first queries want 0, the last 32 want 9."""
-    oracle = SnapKV(**ONE, budget=35)
-    key = torch.zeros(42, 1, 2)
-    key[0, 0, 0] = key[9, 0, 1] = 9
-    query = torch.zeros(42, 1, 2)
-    query[:10, 0, 0] = query[10:, 0, 1] = 1
-    oracle.prompt(query, key, key)
-    # Pooling lifts 7 and 8 as well.
-    assert oracle.held() == [[7, 8, 9, *range(10, 42)]]
+@pytest.mark.parametrize("seed", range(5))
+def test_snapkv_is_its_formula_in_every_turn(seed):
+    """As tensors: softmax of all, the turn's last 32 queries, avg_pool1d, topk."""
+    query, key, value = random_inputs(seed, 70)
+    oracle = SnapKV(**SHAPE, budget=40)
+    oracle.prompt(query[:50], key[:50], value[:50])
+    expected = [snapkv_kept(query[:50, 2 * h : 2 * h + 2], key[:50, h], list(range(50)), budget=40) for h in range(2)]
+    assert oracle.held() == expected
+    for t in range(50, 52):
+        oracle.decode(query[t], key[t], value[t])
+    oracle.prompt(query[52:], key[52:], value[52:])
+    held = [[*kept, *range(50, 70)] for kept in expected]
+    assert oracle.held() == [
+        snapkv_kept(query[52:, 2 * h : 2 * h + 2], key[held[h], h], held[h], budget=40) for h in range(2)
+    ]
+
+
+def snapkv_kept(query, key, held, *, budget):
+    """query: [n, G, D], of the last n of those held; key: [held, D]."""
+    n, count = len(query), len(key)
+    scores = torch.einsum("ngd,kd->gnk", query, key) * key.shape[-1] ** -0.5
+    causal = torch.arange(count) <= torch.arange(count - n, count)[:, None]
+    sums = scores.masked_fill(~causal, -torch.inf).softmax(-1)[:, -32:, :-32].sum((0, 1))
+    pooled = torch.nn.functional.avg_pool1d(sums[None], 5, stride=1, padding=2)[0]
+    kept = pooled.topk(budget - 32).indices.sort().values.tolist()
+    return [held[i] for i in kept] + held[-32:]
 
 
 def test_quest_by_hand():
@@ -369,6 +392,13 @@ def test_quest_by_hand():
     oracle.prompt(query.expand(8, 2, 2), key[:8], key[:8])
     oracle.decode(query, key[8], key[8])
     assert oracle.reads == [[7]]
+
+
+def test_quest_reads_prompts_densely():
+    inputs = random_inputs(0, 12)
+    oracle = Quest(**SHAPE, budget=1, page=1, layer=2)
+    assert torch.equal(oracle.prompt(*inputs), Dense(**SHAPE).prompt(*inputs))
+    assert oracle.bound_reads == []
 
 
 def test_quest_takes_the_lower_of_equal_pages():
