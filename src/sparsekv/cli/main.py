@@ -24,6 +24,7 @@ _COMMANDS = {
         "sparsekv.cli.convert",
         "A checkpoint of other DMS code into an adapter; a LoRA merged into a plain model.",
     ),
+    "plan": ("sparsekv.cli.plan", "What a decode step will cost on a GPU: latency, memory, energy, price."),
     "bench": ("sparsekv.cli.bench", "Speed, side by side with plain Transformers."),
 }
 """Name -> (module, one line of help)."""
