@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsekv.ops.decode.triton import LN_2, LOG2_E, obstacle
-from sparsekv.ops.dots import dot_type
+from sparsekv.ops.dot_type import dot_type
 from sparsekv.ops.launch import dependent, follow, take_turn
 from sparsekv.ops.layout import Batch, LayerPages
 
