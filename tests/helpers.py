@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 import sparsekv
-from sparsekv.cache.pages import PagePool
+from sparsekv.attend import Executor, Part, allocate
 from sparsekv.cache.ragged import RaggedCache
+from sparsekv.cache.state import HeadShape
 from sparsekv.ops.decode.reference import gather_slots
 from sparsekv.ops.layout import batch_of
-from sparsekv.policies import Policy, Step, decode_layer, prefill_layer
+from sparsekv.policies import Policy
 
 VOCABULARY = 61
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -142,48 +143,29 @@ class Run:
     page_size: int = 2
     pages: int = 400
     max_tokens: int = 100
-    cache: RaggedCache = field(init=False)
-    reads: int = 0
-    """KV reads of the last decode step."""
+    executor: Executor = field(init=False)
 
     def __post_init__(self) -> None:
-        pool = PagePool(self.pages, page_size=self.page_size, head_dim=2, dtype=torch.float64)
-        self.cache = RaggedCache(
-            pool,
-            [self.policy.window(0)],
-            kv_heads=self.heads,
-            rows=self.rows,
-            max_tokens=self.max_tokens,
-            rewrites=[self.policy.rewrites],
-        )
+        shape = HeadShape(kv_heads=self.heads, group=self.group, dim=2, dtype=torch.float64)
+        options = {"rows": self.rows, "max_tokens": self.max_tokens, "device": "cpu"}
+        cache = allocate([self.policy], shape, pages=self.pages, page_size=self.page_size, **options)
+        self.executor = Executor(cache, [self.policy], count_reads=True)
+
+    @property
+    def cache(self) -> RaggedCache:
+        return self.executor.ragged
 
     def step(self, counts: list[int], *, hidden: Tensor, query: Tensor) -> Tensor:
         """counts: new tokens of each row; hidden: [T, any]; query: [T, H * G, 2]. Returns [T, H * G, 2]."""
-        layer = self.cache.layer(0)
-        seen = layer.seen.tolist()
-        names = torch.tensor([float(seen[row] + i) for row, n in enumerate(counts) for i in range(n)]).double()
+        seen = self.cache.layer(0).seen
+        first = seen.tolist()
+        names = torch.tensor([float(first[row] + i) for row, n in enumerate(counts) for i in range(n)]).double()
         key = torch.stack([names, names**2], -1)[:, None].expand(-1, self.heads, -1)
         batch = batch_of(torch.arange(len(counts)), counts)
-        step = Step(
-            layer=0,
-            batch=batch,
-            hidden=hidden,
-            query=query,
-            key=key,
-            value=key,
-            seen=layer.seen[batch.rows],
-            scale=0.1,
-            state=self.cache.state[0],
+        part = Part(
+            batch=batch, seen=seen[batch.rows], tokens=sum(counts), most=max(map(sum, zip(first, counts, strict=False)))
         )
-        if counts == [1] * len(counts):
-            out, read = decode_layer(self.policy, step, layer)
-            self.reads = int(read.lengths[batch.rows].sum())
-            return out
-        out = prefill_layer(self.policy, step, layer)
-        keep = self.policy.prune(step, layer)
-        if keep is not None:
-            self.cache.prune(0, batch.rows, keep)
-        return out
+        return self.executor.run(0, part, [hidden, query, key, key], 0.1)
 
     def held(self, row: int = 0, head: int = 0) -> list[float]:
         """The tokens that a head holds, ascending, read off its pages."""

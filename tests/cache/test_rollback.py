@@ -7,6 +7,7 @@ from torch import Tensor
 import sparsekv
 from helpers import check_pages, dms_model, oracle_logits, random_heads, tiny_model, tokens
 from sparsekv import SparseCache
+from sparsekv.cache.state import State
 from sparsekv.ops.place import api as place
 from sparsekv.policies import Policy
 
@@ -39,7 +40,8 @@ def snapshot(cache: SparseCache) -> list[Tensor]:
     live = ragged.pool.kv[ids].transpose(1, 2)[slots.unflatten(-1, (-1, PAGE))[owned]]
     pool = ragged.pool
     free = pool.free[: pool.pages_free].sort().values
-    state = [tensor for layer in ragged.state for tensor in layer.values()]
+    state = [tensor[:-1] for layer in ragged.row_state for tensor in layer.values()]
+    state += [tensor[:-1] for tensor in pool.state.values()]
     tensors = [ragged.lengths, ragged.seen, *ragged.rings, free, pool.extra_owners, ids, live, *state]
     return [t.clone() for t in (*tensors, torch.tensor(cache.get_seq_length()))]
 
@@ -114,21 +116,26 @@ def test_overwriting_needs_no_page():
 
 
 class Budget(Policy):
-    """Overwrites slot 0 from two slots on, and keeps the last three of a prompt; counts its steps in its state."""
+    """Overwrites slot 0 from four slots on, and keeps the last three of a prompt; counts its tokens in its state."""
+
+    prunes = rewrites = True
+
+    def state(self, shape):
+        return [State(name="tokens", kind="row"), State(name="even", kind="slot"), State(name="writes", kind="page")]
 
     def appends(self, pages):
         return pages.lengths < 4
 
     def slots(self, step, pages):
-        self.count(step, pages)
         return self.appends(pages)[step.batch.rows].int().mul(-1)
 
-    def prune(self, step, pages):
-        self.count(step, pages)
-        return torch.arange(int(pages.lengths.max())) >= pages.lengths[step.batch.rows][..., None] - 3
+    def placed(self, step, pages, slots):
+        step.state.row["tokens"][step.batch.rows] += step.batch.counts
+        step.state.slot["even"][pages.pages[step.batch.rows].long()] = step.seen[0] % 2
+        step.state.page["writes"][pages.pages[step.batch.rows, :, 0].long()] += 1
 
-    def count(self, step, pages):
-        step.state.setdefault("steps", torch.zeros(pages.lengths.shape[0]))[step.batch.rows] += 1
+    def finish_prompt(self, prompt, pages):
+        return torch.arange(int(pages.lengths.max())) >= pages.lengths[prompt.rows][..., None] - 3
 
 
 def test_a_budget_policy_in_a_full_pool():
@@ -137,14 +144,17 @@ def test_a_budget_policy_in_a_full_pool():
     sparsekv.attach(model, policy=Budget())
     cache = cache_of(model, 2 * 2 * 2 + 1)
     run(model, tokens(1, 8), [], cache)
-    assert cache.stats().held == [[3, 3], [3, 3]]
+    assert cache.stats().held == [[8, 8], [8, 8]]
+    run(model, tokens(1, 1), [], cache)
+    assert cache.stats().held == [[4, 4], [4, 4]]
+    assert cache.stats().peak_tokens == 8
     before = snapshot(cache)
     with pytest.raises(ValueError, match="the KV pool is full"):
         run(model, tokens(1, 9), [], cache)
     assert_same(before, snapshot(cache))
     run(model, tokens(1, 5), range(1, 5), cache)
     assert cache.stats().held == [[4, 4], [4, 4]]
-    assert cache.ragged.state[0]["steps"].tolist() == [6]
+    assert cache.ragged.row_state[0]["tokens"][:-1].tolist() == [14]
     check_pages(cache.ragged)
 
 

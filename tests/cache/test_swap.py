@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from helpers import tokens
+import sparsekv
+from helpers import tiny_model, tokens
 from serving import attached, engine, greedy, prompts
 from sparsekv import SparseCache
 from sparsekv.cache.swap import swap_in, swap_out
 from sparsekv.ops.decode.reference import gather_slots
+from sparsekv.ops.layout import held_slots
 
 
 @pytest.mark.parametrize("policy", ["dense", "dms", "streaming"])
@@ -41,17 +43,25 @@ def test_round_trip_is_bit_exact(policy: str) -> None:
 
 
 def test_a_policy_s_own_state_goes_along() -> None:
-    model = attached("dense")
+    model = tiny_model()
+    sparsekv.attach(model, policy="h2o", budget=6)
     cache = SparseCache(model, page_size=4)
     with torch.no_grad():
         model(tokens(2, 9), past_key_values=cache)
-    ragged = cache.ragged
-    ragged.state[1]["weights"] = torch.arange(6.0).reshape(2, 3)
-    swapped = swap_out(ragged, 1)
-    ragged.release(torch.tensor([1]))
-    assert not ragged.state[1]["weights"][1].any()
+        model(tokens(2, 1), past_key_values=cache)
+    ragged, row = cache.ragged, torch.tensor([1])
+
+    def remembered() -> list[torch.Tensor]:
+        at = [held_slots(ragged.layer(layer), row, 6)[0] for layer in range(2)]
+        return [x.flatten()[slots] for slots in at for x in ragged.pool.slot_state.values()]
+
+    before, swapped = remembered(), swap_out(ragged, 1)
+    assert set(swapped.pool_state) == {"born", "weight"}
+    ragged.release(row)
+    free = ragged.pool.free[: ragged.pool.pages_free].long()
+    assert not ragged.pool.slot_state["weight"][free].any()
     swap_in(ragged, 1, swapped)
-    assert ragged.state[1]["weights"][1].tolist() == [3.0, 4.0, 5.0]
+    assert all(torch.equal(a, b) for a, b in zip(before, remembered(), strict=True))
 
 
 def test_a_pool_that_is_too_full_says_so_and_stays_as_it_was() -> None:

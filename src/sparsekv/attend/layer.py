@@ -26,7 +26,7 @@ def prefill_layer(policy: Policy, step: Step, pages: LayerPages) -> Tensor:
     else:
         out = prefill(pages, step.batch, step.query, key, value, **options)
     place(pages, step.batch, key, value, marks=marks)
-    policy.placed(step, pages)
+    policy.placed(step, pages, None)
     policy.observe(step, pages, lse)
     return out
 
@@ -42,8 +42,8 @@ def decode_layer(policy: Policy, step: Step, pages: LayerPages) -> tuple[Tensor,
         marks = _aligned(policy, step, pages, marks)
     slots = policy.slots(step, pages)
     place(pages, step.batch, key, value, marks=marks, slots=slots)
-    policy.placed(step, pages)
-    reading, rows, view = policy.read(step, pages), step.batch.rows, pages
+    policy.placed(step, pages, slots)
+    reading, rows, view = policy.read(step, pages, slots), step.batch.rows, pages
     if reading is not None:
         rows, view = torch.arange(len(rows), device=rows.device), reading.pages
     result = decode(view, rows, step.query, scale=step.scale, return_lse=policy.weighs)

@@ -5,6 +5,7 @@ attention module (its input, which the eviction heads read) and the Cache argume
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,12 @@ from sparsekv.modeling.attention_layers import AttentionLayers, attention_layers
 from sparsekv.modeling.lora import MergedLora
 from sparsekv.policies import Policy, make_policy
 from sparsekv.policies.dms import DMSPolicy
+from sparsekv.policies.quest import DMSQuestPolicy
+from sparsekv.policies.registry import build
 from sparsekv.policies.streaming import SlidingWindowPolicy
+
+TRAINED: dict[str, type[DMSPolicy]] = {"dms": DMSPolicy, "dms-quest": DMSQuestPolicy}
+"""Policies whose decisions eviction heads make."""
 
 
 def attach(
@@ -28,49 +34,58 @@ def attach(
     policy: str | Policy | None = None,
     adapter: str | None = None,
     cr: float | None = None,
+    tokens: int | None = None,
     **options: Any,
 ) -> Attachment:
     """Let a policy govern every full-attention layer of `model`; sliding-window layers keep their own window.
 
-    policy: a name (see policies.policy_names) with its options, such as policy="streaming", budget=512 or
-    policy="dms", window=64, lag=0 (untrained heads; neuron=dms.NeuronSource() for a checkpoint whose queries carry the
-    logits), or a Policy.
+    policy: a name (see policies.policy_names) with its options, such as policy="tova", budget=512 or policy="dms",
+    window=64, lag=0 (untrained heads; neuron=dms.NeuronSource() for a checkpoint whose queries carry the logits), or a
+    Policy.
     adapter: a folder or hub id with trained eviction heads, and LoRA where they were trained with it, which is merged
-    into the weights until detach; cr: the compression ratio to serve it at, between 1 and the adapter's largest (None =
-    as trained).
+    into the weights until detach; with policy="dms-quest" its heads decide what is held, and `budget` what is read.
+    cr: with an adapter, the compression ratio to serve it at, between 1 and the adapter's largest (None = as trained);
+    with a policy that has a budget, that budget is tokens / cr, where tokens counts input and output together.
 
     Raises ValueError where the model cannot be attached (the sentence names the reason), is attached already, or where
     the adapter is for another model or the options do not fit.
     """
     if hasattr(model, ATTACHMENT):
         raise ValueError("this model is attached already; call sparsekv.detach(model) first")
-    if (policy is None) == (adapter is None):
-        raise ValueError("attach takes a policy or an adapter: pass exactly one of policy=... and adapter=...")
+    if policy is None and adapter is None:
+        raise ValueError("attach takes a policy or an adapter: pass policy=... or adapter=...")
+    if adapter is not None and policy not in (None, *TRAINED):
+        raise ValueError(
+            f"an adapter's heads are for policy 'dms' or 'dms-quest', not {policy!r}; leave out the policy"
+        )
     layers = attention_layers(model)
     loaded = None
     if adapter is not None:
-        if options:
-            raise ValueError(f"an adapter brings its own settings; leave out {', '.join(sorted(options))}")
+        own = sorted(set(options) - ({"budget", "page_size"} if policy == "dms-quest" else set()))
+        if own:
+            raise ValueError(f"an adapter brings its own settings; leave out {', '.join(own)}")
         loaded = adapters.load_adapter(adapter, model)
-        options = {"window": loaded.config.window, "lag": loaded.config.lag, "neuron": loaded.config.neuron}
+        options |= {"window": loaded.config.window, "lag": loaded.config.lag, "neuron": loaded.config.neuron}
         options["offset"] = 0.0 if cr is None else loaded.config.offset_for(cr)
-        policy = "dms"
-    elif cr is not None:
-        raise ValueError("cr picks a ratio of a trained adapter: pass adapter=..., or a budget for this policy")
+        policy = policy or "dms"
     heads: dict[int, EvictionHead] = {}
     source: NeuronSource | None = None
-    if policy == "dms":
+    if policy in TRAINED:
+        if adapter is None and cr is not None:
+            raise ValueError(f"cr picks a ratio of trained heads: pass adapter=... beside policy={policy!r}")
         source = options.pop("neuron", None)
         if source is not None:
             neuron.check(layers, source)
         else:
             heads = {i: _new_head(layers, i) for i in layers.governed}
-        policy = _dms_policy(layers, heads, options)
+        policy = _dms_policy(str(policy), layers, heads, options)
     elif isinstance(policy, str):
-        policy = make_policy(policy, **options)
-    elif options:
-        raise ValueError(f"a Policy object brings its own settings; leave out {', '.join(sorted(options))}")
+        policy = make_policy(policy, cr=cr, tokens=tokens, **options)
+    elif options or cr is not None:
+        given = sorted([*options, *(["cr"] if cr is not None else [])])
+        raise ValueError(f"a Policy object brings its own settings; leave out {', '.join(given)}")
     assert isinstance(policy, Policy)
+    _check_budget(policy, layers.max_tokens)
     if loaded is not None:
         loaded.copy_into(heads)
     lora = None
@@ -115,12 +130,19 @@ def _new_head(layers: AttentionLayers, index: int) -> EvictionHead:
     return EvictionHead(layers.hidden_size, layers.kv_heads, device=device)
 
 
-def _dms_policy(layers: AttentionLayers, heads: dict[int, EvictionHead], options: dict[str, Any]) -> DMSPolicy:
-    unknown = sorted(set(options) - {"window", "lag", "offset"})
-    if unknown:
-        raise ValueError(f"policy 'dms' does not know {', '.join(unknown)}; it takes window, lag, offset and neuron")
+def _dms_policy(
+    name: str, layers: AttentionLayers, heads: dict[int, EvictionHead], options: dict[str, Any]
+) -> DMSPolicy:
     sources = [heads.get(i, neuron.as_read) if w is None else None for i, w in enumerate(layers.windows)]
-    return DMSPolicy(sources, **options)
+    policy = build(partial(TRAINED[name], sources), name, options)
+    assert isinstance(policy, DMSPolicy)
+    return policy
+
+
+def _check_budget(policy: Policy, context: int) -> None:
+    budget = getattr(policy, "budget", None)
+    if budget is not None and budget > context:
+        raise ValueError(f"budget is {budget} and the model's context is {context} tokens; lower it")
 
 
 def _install(

@@ -128,6 +128,24 @@ def held_slots(layer: LayerPages, rows: Tensor, width: int) -> tuple[Tensor, Ten
     return torch.where(live, at, spare), live
 
 
+def slot_places(layer: LayerPages, rows: Tensor, slots: Tensor) -> Tensor:
+    """Where slots int64 [B, H] of rows lie among all slots of the pool; the spare place for a row of -1 or a slot that
+    the page table has no room for."""
+    size, head = layer.page_size, torch.arange(slots.shape[1], device=slots.device)
+    column = slots // size
+    real = (rows >= 0)[:, None] & (slots >= 0) & (column < layer.pages.shape[-1])
+    page = layer.pages[rows[:, None], head, torch.where(real, column, 0)].long()
+    return torch.where(real, page * size + slots % size, layer.kv.shape[0] * size)
+
+
+def appended(layer: LayerPages, batch: Batch, total: int) -> Tensor:
+    """int64 [T, H]: where the tokens of a prefill that was just placed lie, in a layer without a ring."""
+    sequence = torch.repeat_interleave(batch.counts.long(), output_size=total)
+    rows = batch.rows[sequence]
+    behind = batch.starts[sequence + 1] - torch.arange(total, device=rows.device)
+    return slot_places(layer, rows, layer.lengths[rows].long() - behind[:, None])
+
+
 def written(layer: LayerPages, rows: Tensor, slots: Tensor | None) -> Tensor:
     """int64 [B, H]: the slot that the decode step just placed took; slots: what `place` was given. Rows of -1: any."""
     newest = layer.lengths[rows].long() - 1

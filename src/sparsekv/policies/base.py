@@ -110,6 +110,10 @@ class Policy:
     """Whether `read` gives less than all that is held."""
     weighs: ClassVar[bool] = False
     """Whether `observe` wants each query's log-sum-exp."""
+    trained: ClassVar[bool] = False
+    """Whether it decides by parameters of its own."""
+    frees: ClassVar[bool] = True
+    """Whether it holds less than it has seen."""
     recordable: ClassVar[bool] = True
     """Whether its decode step can be recorded in a CUDA graph: tensor operations alone, of sizes known beforehand."""
     page_size: int | None = None
@@ -159,12 +163,11 @@ class Policy:
         """int32 [B, H]: the slot that a decoded token overwrites, -1 to append; None for the ring rule."""
         return None
 
-    def placed(self, step: Step, pages: LayerPages) -> None:
-        """The step's tokens have been stored. Those of a layer without a ring are the last of their heads in a
-        prefill; see ops.layout.written for a decode step."""
+    def placed(self, step: Step, pages: LayerPages, slots: Tensor | None) -> None:
+        """The step's tokens have been stored; slots: as chosen. See ops.layout.written and appended for where."""
 
-    def read(self, step: Step, pages: LayerPages) -> Reading | None:
-        """What a decoded query reads; None for all."""
+    def read(self, step: Step, pages: LayerPages, slots: Tensor | None) -> Reading | None:
+        """What a decoded query reads; None for all. slots: as chosen for the step's token."""
         return None
 
     def observe(self, step: Step, pages: LayerPages, lse: Tensor | None) -> None:

@@ -20,6 +20,7 @@ class DMSPolicy(Policy):
     comparisons without a cache: what is decided about a token that leaves the window takes effect at once."""
 
     name = "dms"
+    trained = True
 
     def __init__(
         self,

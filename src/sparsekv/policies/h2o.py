@@ -4,7 +4,6 @@ importance[s] = sum of the weights on slot s over all queries since it was writt
 never renormalised. The newest floor(budget / 2) tokens, the new one included, are safe.
 """
 
-import torch
 from torch import Tensor
 
 from sparsekv.cache.state import HeadShape, State
@@ -29,8 +28,8 @@ class H2OPolicy(BudgetPolicy):
         old = births(step.state, at) <= step.seen[:, None, None] - self.budget // 2
         return least_of(_weights(step.state.slot, at), live & old)
 
-    def placed(self, step: Step, pages: LayerPages) -> None:
-        new = record_births(step, pages)
+    def placed(self, step: Step, pages: LayerPages, slots: Tensor | None) -> None:
+        new = record_births(step, pages, slots)
         step.state.slot["weight"].view(-1)[new] = 0
 
     def observe(self, step: Step, pages: LayerPages, lse: Tensor | None) -> None:

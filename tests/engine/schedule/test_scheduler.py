@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparsekv.engine.params import SamplingParams
-from sparsekv.engine.schedule.ledger import Ledger
+from sparsekv.engine.schedule.ledger import Caps, Ledger
 from sparsekv.engine.schedule.request import Request, Sequence, Status
 from sparsekv.engine.schedule.scheduler import GiveUp, Idle, RunStep, Scheduler, Settle, SwapIn, SwapOut
 
@@ -30,8 +30,21 @@ def test_it_never_imports_torch() -> None:
     subprocess.run([sys.executable, "-c", code, sparsekv.engine.__path__[0]], check=True)
 
 
-def _scheduler(*, pages: int, rows: int = 3, tokens: int = 16, ratio: float = 1.0) -> Scheduler:
-    ledger = Ledger(layers=LAYERS, rows=rows, kv_heads=HEADS, page_size=PAGE, pages=pages, caps=[1000] * LAYERS)
+def _caps(in_prompt: int, held: int, *, layers: int = LAYERS, prunes: bool = False) -> Caps:
+    return Caps(
+        in_prompt=[in_prompt] * layers,
+        held=lambda prompt, tokens: [min(held, tokens)] * layers,
+        prunes=[prunes] * layers,
+        max_tokens=1000,
+    )
+
+
+def _scheduler(
+    *, pages: int, rows: int = 3, tokens: int = 16, ratio: float = 1.0, budget: int | None = None
+) -> Scheduler:
+    """budget: what a head keeps of a prompt, and holds from then on."""
+    caps = _caps(1000, 1000 if budget is None else budget, prunes=budget is not None)
+    ledger = Ledger(caps=caps, rows=rows, kv_heads=HEADS, page_size=PAGE, pages=pages)
     return Scheduler(ledger, rows=rows, max_tokens=tokens, ratio=ratio)
 
 
@@ -56,10 +69,13 @@ class _Swapped:
 class _Device:
     """Heads that keep each token with a probability of their own; a pool that must never run dry."""
 
-    def __init__(self, scheduler: Scheduler, *, seed: int) -> None:
+    def __init__(self, scheduler: Scheduler, *, seed: int, budget: int | None = None) -> None:
+        self.budget = budget
         self.scheduler, self.rng = scheduler, np.random.default_rng(seed)
         self.lengths = np.zeros_like(scheduler.ledger.lengths)
         self.keep = self.rng.uniform(0.1, 1.0, self.lengths.shape[::2])
+        if budget is not None:
+            self.keep[:] = 1.0
         self.flight: list[RunStep] = []
         self.read_back: Counter[Sequence] = Counter()
 
@@ -76,7 +92,12 @@ class _Device:
         assert len({row for row, _ in work}) == len(work)
         for row, count in work:
             self.lengths[:, row] += self.rng.binomial(count, self.keep).astype(np.int32)
+            if self.budget is not None and row in {s.row for s in step.decodes}:
+                self.lengths[:, row] = np.minimum(self.lengths[:, row], self.budget)
         assert self.free >= 0, "the pool ran dry"
+        for chunk in step.chunks:
+            if chunk.samples and self.budget is not None:
+                self.lengths[:, chunk.sequence.row] = np.minimum(self.lengths[:, chunk.sequence.row], self.budget)
         self.scheduler.issued(step)
         self.flight.append(step)
 
@@ -199,7 +220,7 @@ def test_the_ledger_bounds_what_is_taken() -> None:
     assert ledger.growth([1], 100) == 3  # no head ever holds more than 10
     assert [ledger.fit(0, 50, pages) for pages in (0, 1, 2, 4)] == [0, 1, 4, 50]
     assert ledger.fit(0, 5, 4) == 5
-    ledger.issue({0: 1, 1: 1})
+    ledger.issue([0, 1], {})
     assert ledger.available() == 15 - 1 - 1
     ledger.settle(np.array([[[3, 5], [1, 9]]], dtype=np.int32), 13)
     assert ledger.available() == 13

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsekv.ops.dots import dot_type
+from sparsekv.ops.dot_type import dot_type
 from sparsekv.ops.launch import dependent, follow, take_turn
 from sparsekv.ops.layout import LayerPages
 
