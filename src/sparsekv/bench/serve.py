@@ -7,7 +7,8 @@ output, evenly spaced, and the throughput is batch / mean step: prefill is not c
 
 from typing import Any
 
-from sparsekv.bench.step import PAGE_SIZE, StepBench
+from sparsekv.attend.allocate import PAGE_SIZE
+from sparsekv.bench.step import StepBench
 
 POINTS = 4
 ROOM = 1.05

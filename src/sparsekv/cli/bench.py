@@ -88,20 +88,28 @@ def step(
     batch: _Batch = 8,
     context: Annotated[int, Option(help="Tokens that each sequence has seen.", min=1)] = 32768,
     cr: _Ratio = 8.0,
+    policy: Annotated[list[str] | None, Option(help="dms (the default), tova, quest, ... Repeatable.")] = None,
     window: _Window = 64,
     kernels: Annotated[int, Option(help="List so many of the longest kernels.", min=0)] = 0,
     seed: _Seed = 0,
     as_json: _Json = False,
 ) -> None:
-    """A whole decode step of the engine beside its roofline; --cr 1 is dense."""
+    """A whole decode step of the engine beside its roofline; --cr 1 is dense. Every policy holds context / cr tokens
+    (Quest reads so many), and runs in the same model, compiled once."""
+    from sparsekv.policies.registry import describe
+
+    policies = policy or ["dms"]
+    for name in policies:
+        describe(name)
     bench = _step_bench(shape, window=window, context=context, least=context, cr=cr)
-    result = bench.run(batch=batch, context=context, ratio=cr, seed=seed, kernels=kernels)
-    text = (
-        f"{result['ms']:.2f} ms a step, {result['over_roofline']:.2f} times its roofline of "
-        f"{result['roofline_ms']:.2f} ms; the dense roofline is {result['dense_roofline_ms']:.2f} ms"
-    )
-    listed = [f"{k['ms']:8.3f} ms {k['launches']:4.0f} x {k['kernel']}" for k in result.get("kernels", [])]
-    typer.echo(json.dumps(result) if as_json else "\n".join([text, *listed]))
+    for name in policies:
+        result = bench.run(batch=batch, context=context, ratio=cr, policy=name, seed=seed, kernels=kernels)
+        text = (
+            f"{result['policy']}: {result['ms']:.2f} ms a step, {result['over_roofline']:.2f} times its roofline of "
+            f"{result['roofline_ms']:.2f} ms; the dense roofline is {result['dense_roofline_ms']:.2f} ms"
+        )
+        listed = [f"{k['ms']:8.3f} ms {k['launches']:4.0f} x {k['kernel']}" for k in result.get("kernels", [])]
+        typer.echo(json.dumps(result) if as_json else "\n".join([text, *listed]))
 
 
 def serve(

@@ -82,7 +82,7 @@ def attach(
     elif isinstance(policy, str):
         policy = make_policy(policy, cr=cr, tokens=tokens, **options)
     elif options or cr is not None:
-        given = sorted([*options, *(["cr"] if cr is not None else [])])
+        given = ["cr"] * (cr is not None) + sorted(options)
         raise ValueError(f"a Policy object brings its own settings; leave out {', '.join(given)}")
     assert isinstance(policy, Policy)
     _check_budget(policy, layers.max_tokens)
