@@ -71,7 +71,7 @@ class StepBench:
         ratio 1 is dense attention: no marks, no rings. Quest holds all and reads context / ratio; DMS + Quest reads a
         quarter of what it holds. kernels: how many of the longest-running kernels to list.
         """
-        method = self._policy(policy, context, ratio)
+        method = self.policy(policy, context, ratio)
         live, used = self._fill(method, batch, context, ratio, seed)
         graphs = DecodeGraphs(self.forward, self.cache, sizes=[batch], max_tokens=self.context)
         ids = torch.randint(0, self.shape.vocabulary, (batch,), device=self.device)
@@ -92,7 +92,8 @@ class StepBench:
             result["kernels"] = kernel_times(step, most=kernels)
         return result
 
-    def _policy(self, name: str, context: int, ratio: float) -> Policy:
+    def policy(self, name: str, context: int, ratio: float) -> Policy:
+        """By name, holding (Quest: reading) context / ratio tokens."""
         own = self.attachment.policy
         assert isinstance(own, DMSPolicy)
         if ratio == 1:
@@ -131,15 +132,19 @@ class StepBench:
         lengths = self._lengths(policy, batch, context, ratio, generator)
         longest, size = int(lengths.max()), choose_page_size([policy], None)
         pages, slack = pages_for(lengths, size), math.ceil(SLACK_STEPS / size) * lengths.numel()
-        self.cache.executor = Executor(self._empty(policy, 1, 1, pages=1), [], count_reads=False)  # free the last pool
-        ragged = self._empty(policy, batch, longest + SLACK_STEPS, pages=pages + slack)
+        ragged = self.set_cache(policy, rows=batch, tokens=longest + SLACK_STEPS, pages=pages + slack)
         fill(ragged, lengths, generator, seen=context, marked=1.0 if policy.name == "streaming" else 1 - 1 / ratio)
         remember(ragged, context)
         self._mark_at(ratio)
-        policies = [policy] * self.shape.layers
-        self.cache.executor = Executor(ragged, policies, count_reads=policy.selects)
         rings = sum(ring.numel() * ring.element_size() for ring in ragged.rings)
         return self._read_bytes(policy, lengths, size), pages * ragged.pool.page_bytes + rings
+
+    def set_cache(self, policy: Policy, *, rows: int, tokens: int, pages: int) -> RaggedCache:
+        """Replace the cache by an empty one."""
+        self.cache.executor = Executor(self._empty(policy, 1, 1, pages=1), [], count_reads=False)  # free the last pool
+        ragged = self._empty(policy, rows, tokens, pages=pages)
+        self.cache.executor = Executor(ragged, [policy] * self.shape.layers, count_reads=policy.selects)
+        return ragged
 
     def _lengths(self, policy: Policy, batch: int, context: int, ratio: float, generator: torch.Generator) -> Tensor:
         """int64 [layers, batch, kv_heads]: what each head holds."""
