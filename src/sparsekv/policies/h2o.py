@@ -4,6 +4,7 @@ importance[s] = sum of the weights on slot s over all queries since it was writt
 never renormalised. The newest floor(budget / 2) tokens, the new one included, are safe.
 """
 
+import torch
 from torch import Tensor
 
 from sparsekv.cache.state import HeadShape, State
