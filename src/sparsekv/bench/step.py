@@ -123,7 +123,7 @@ class StepBench:
         slack = math.ceil(SLACK_STEPS / PAGE_SIZE) * lengths.numel()
         ragged = self._empty(batch, longest + SLACK_STEPS, pages=pages + slack)
         fill(ragged, lengths, generator, seen=context, marked=1 - 1 / ratio)
-        self._mark_at(ratio)
+        mark_at(self.model, ratio)
         self.cache.ragged = ragged
         rings = sum(ring.numel() * ring.element_size() for ring in ragged.rings)
         live = 2 * int(lengths.sum()) * shape.head_dim * self.dtype.itemsize
@@ -135,12 +135,13 @@ class StepBench:
         windows = [attached.policy.window(attached.layer) for attached in self.attachment.layers]
         return RaggedCache(pool, windows, kv_heads=shape.kv_heads, rows=rows, max_tokens=tokens)
 
-    def _mark_at(self, ratio: float) -> None:
-        """Mark a share 1 - 1 / ratio of tokens by chance: a normalised input under a unit weight is a normal number."""
-        if ratio > 1:
-            for head in heads(self.model):
-                torch.nn.init.normal_(head.weight, std=head.weight.shape[1] ** -0.5)
-                torch.nn.init.constant_(head.bias, NormalDist().inv_cdf(1 - 1 / ratio))
+
+def mark_at(model: PreTrainedModel, ratio: float) -> None:
+    """Mark a share 1 - 1 / ratio of tokens by chance: a normalised input under a unit weight is a normal number."""
+    if ratio > 1:
+        for head in heads(model):
+            torch.nn.init.normal_(head.weight, std=head.weight.shape[1] ** -0.5)
+            torch.nn.init.constant_(head.bias, NormalDist().inv_cdf(1 - 1 / ratio))
 
 
 def kernel_times(step: Callable[[], Any], *, most: int, steps: int = 5) -> list[dict[str, Any]]:

@@ -66,8 +66,6 @@ class Batch:
     """int32 [B + 1]."""
     longest: int
     """At least the largest number of tokens of one sequence; 1 = a decode step (then T = B)."""
-    total: int | None = None
-    """T, where the host knows it: `positions` then does not ask the device."""
 
     @property
     def counts(self) -> Tensor:
@@ -76,7 +74,7 @@ class Batch:
 
     def positions(self, seen: Tensor) -> Tensor:
         """int32 [T]: each token's position in its own sequence; seen: int32 [B]."""
-        total = len(seen) if self.longest == 1 else int(self.starts[-1]) if self.total is None else self.total
+        total = int(self.starts[-1]) if self.longest > 1 else len(seen)
         first = torch.repeat_interleave(seen - self.starts[:-1], self.counts, output_size=total)
         return first + torch.arange(total, device=seen.device, dtype=torch.int32)
 
@@ -87,7 +85,7 @@ def batch_of(rows: Tensor, counts: list[int]) -> Batch:
     longest = max(counts, default=0)
     if longest == 1 and 0 in counts:
         longest = 2  # not a decode step, which has exactly one token a row
-    return Batch(rows=rows, starts=starts, longest=longest, total=sum(counts))
+    return Batch(rows=rows, starts=starts, longest=longest)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,7 +123,9 @@ def test_two_engines_over_one_model() -> None:
     places = [parameter.data_ptr() for parameter in model.parameters()]
     for count in (2, 3):
         for cache, compiled in ((one, first), (two, second)):
-            assert torch.allclose(_three_steps(cache, compiled, count), _three_steps(cache, _plain(model, cache), count))
+            assert torch.allclose(
+                _three_steps(cache, compiled, count), _three_steps(cache, _plain(model, cache), count)
+            )
     compiled_decode(model, two, backend="eager")
     assert places == [parameter.data_ptr() for parameter in model.parameters()]
 

@@ -29,6 +29,7 @@ INDUCTOR = {"combo_kernels": True, "triton.enable_pdl": True}
 """Kernels that do not depend on each other become one (norms and RoPE of q and of k), and kernels start before those in
 front have ended (programmatic dependent launch, where the device has it)."""
 
+
 def buckets_up_to(rows: int) -> list[int]:
     """2, 4, 8, 16, 32, 48, ... and rows itself: a padded place costs little, a recording some tenths of a second."""
     sizes = [2, 4, 8, 16, 32, 48, 64, *range(96, 256, 32), *range(256, rows + 1, 64)]

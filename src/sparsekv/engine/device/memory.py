@@ -1,5 +1,5 @@
-"""What an engine takes beside the pool of pages, in bytes: known before anything is allocated, so that a pool which is a
-share of the free memory leaves room for it."""
+"""What an engine takes beside the pool of pages, in bytes: known before anything is allocated, so that a pool which is
+a share of the free memory leaves room for it."""
 
 from collections.abc import Sequence
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparsekv.engine.device.cache import EngineCache
 from sparsekv.engine.device.products import product, workspace_of
+from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.attached import ATTACHED, AttachedLayer, PagedCache
 
 KINDS = 64
@@ -45,7 +46,7 @@ class CompiledForward:
         self.workspace = workspace
         self.layer = -1
         """The layer under way."""
-        self._opaque = OpaqueCache(len(cache.attached))
+        self._opaque = OpaqueCache(len(attachment_of(model).layers))
         self._layers = _decoder_layers(model)
         run = _compiled(backend)
         self._runs: list[tuple[nn.Module, int, Callable[..., Any]]] = [(m, i, run) for i, m in self._layers.items()]
@@ -123,8 +124,8 @@ class OpaqueCache(PagedCache):
 
 @torch.library.custom_op("sparsekv::attend_under_way", mutates_args=())
 def attend_under_way(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Tensor:
-    """EngineCache.attend_packed for the layer under way. It writes to the cache, which the compiler does not see. A token
-    that no part of the forward holds gets 0."""
+    """EngineCache.attend_packed for the layer under way. It writes to the cache, which the compiler does not see. A
+    token that no part of the forward holds gets 0."""
     forward = _UNDER_WAY.get()
     assert forward is not None, "compiled layers run inside a CompiledForward alone"
     out = forward.cache.attend_packed(forward.layer, hidden, (q, k, v), scale)

@@ -1,8 +1,8 @@
 """Runs what the scheduler decided. It alone touches the device.
 
 A step is one packed forward [1, T]: the last token of each decoding row, which never leaves the device, then chunks of
-prompts. With CUDA graphs it is two: decodes replay theirs whatever else comes, and chunks follow, compiled. Nothing here
-waits for the device but Pending.result() and the operations that change rows: release, fork, swap.
+prompts. With CUDA graphs it is two: decodes replay theirs whatever else comes, and chunks follow, compiled. Nothing
+here waits for the device but Pending.result() and the operations that change rows: release, fork, swap.
 """
 
 from dataclasses import dataclass
@@ -158,7 +158,7 @@ class Runner:
         flat = [c.sequence.row_() for c in chunks] + [c.start for c in chunks] + starts + ends + ids + at
         rows, seen, offsets, end, ids, at = upload(flat, torch.int64, self.device).split([b, b, b + 1, len(ends), t, t])
         # At least 2: a chunk of one token is still prefill, not a decode step.
-        batch = Batch(rows=rows, starts=offsets.int(), longest=max(2, *counts), total=t)
+        batch = Batch(rows=rows, starts=offsets.int(), longest=max(2, *counts))
         return Part(batch=batch, seen=seen.int(), tokens=t), ids, at, end
 
     def _sample(

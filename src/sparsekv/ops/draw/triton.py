@@ -1,12 +1,13 @@
 """draw as one Triton kernel, a program a row: no sort, and nothing is written but the token.
 
-A logit's key is its bits as an integer in the same order (those bits alone that its type has: 16 for bfloat16). A filter
-is then a threshold on keys, found by search: each pass over the row sums what lies at or above three keys (a count, or a
-mass in float32) and quarters the interval. Of the tokens whose key is the threshold itself the first few are kept. The
-sums have a fixed order, so the result is deterministic.
+A logit's key is its bits as an integer in the same order (those bits alone that its type has: 16 for bfloat16). A
+filter is then a threshold on keys, found by search: each pass over the row sums what lies at or above three keys (a
+count, or a mass in float32) and quarters the interval. Of the tokens whose key is the threshold itself the first few
+are kept. The sums have a fixed order, so the result is deterministic.
 """
 
-# pyright: reportCallIssue=false, reportOperatorIssue=false
+# triton.jit's types know no launch options, and no tuple that a kernel returns.
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 import torch
 import triton
