@@ -135,7 +135,7 @@ class StepBench:
         ragged = self.set_cache(policy, rows=batch, tokens=longest + SLACK_STEPS, pages=pages + slack)
         fill(ragged, lengths, generator, seen=context, marked=1.0 if policy.name == "streaming" else 1 - 1 / ratio)
         remember(ragged, context)
-        self._mark_at(ratio)
+        mark_at(self.model, ratio)
         rings = sum(ring.numel() * ring.element_size() for ring in ragged.rings)
         return self._read_bytes(policy, lengths, size), pages * ragged.pool.page_bytes + rings
 
@@ -177,12 +177,13 @@ class StepBench:
             device=self.device,
         )
 
-    def _mark_at(self, ratio: float) -> None:
-        """Mark a share 1 - 1 / ratio of tokens by chance: a normalised input under a unit weight is a normal number."""
-        if ratio > 1:
-            for head in heads(self.model):
-                torch.nn.init.normal_(head.weight, std=head.weight.shape[1] ** -0.5)
-                torch.nn.init.constant_(head.bias, NormalDist().inv_cdf(1 - 1 / ratio))
+
+def mark_at(model: PreTrainedModel, ratio: float) -> None:
+    """Mark a share 1 - 1 / ratio of tokens by chance: a normalised input under a unit weight is a normal number."""
+    if ratio > 1:
+        for head in heads(model):
+            torch.nn.init.normal_(head.weight, std=head.weight.shape[1] ** -0.5)
+            torch.nn.init.constant_(head.bias, NormalDist().inv_cdf(1 - 1 / ratio))
 
 
 def kernel_times(step: Callable[[], Any], *, most: int, steps: int = 5) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ times attention with the gate beside FlexAttention, and the whole step of a retr
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,24 +114,41 @@ def step(
 
 
 def serve(
-    shape: _Shape = "qwen3-8b",
-    kv_memory: Annotated[str, Option(help="Memory for keys and values.")] = "40GiB",
-    prompt_tokens: Annotated[int, Option(help="Tokens that each sequence reads.", min=1)] = 1024,
-    output_tokens: Annotated[int, Option(help="Tokens that each sequence writes.", min=1)] = 8192,
-    cr: _Ratio = 8.0,
-    window: _Window = 64,
+    rows: Annotated[str | None, Option(help="Which rows, by name and with commas between; default: all.")] = None,
+    arrivals: Annotated[
+        float | None, Option(help="Requests a second, at random moments; default: as each row says.", min=0.01)
+    ] = None,
     seed: _Seed = 0,
     as_json: _Json = False,
 ) -> None:
-    """Generated tokens per second at the largest batch that fits the memory; --cr 1 is dense."""
-    from sparsekv.bench.serve import bench_serve
-    from sparsekv.cache.pages import parse_bytes
+    """Requests in, tokens out, by the clock on the wall: a line for each row as it is done, and for each start of an
+    engine. Rows: short-greedy, short-temperature, short-top-p, churn-8, arrivals-8, middle-8, churn-1, long-1, long-8,
+    chains-1, chains-8; the last number is the compression ratio, and short ones have 8."""
+    from dataclasses import replace
 
-    memory = parse_bytes(kv_memory)
-    bench = _step_bench(shape, window=window, context=prompt_tokens + output_tokens, least=prompt_tokens, cr=cr)
-    result = bench_serve(bench, memory=memory, prompt=prompt_tokens, output=output_tokens, ratio=cr, seed=seed)
-    text = f"{result['tokens_per_s']:.0f} tokens per second in steps of {result['batch']} sequences"
-    typer.echo(json.dumps(result) if as_json else text)
+    from sparsekv.bench.serve import WORKS, bench_serve, works_of
+
+    works = WORKS if rows is None else works_of([name.strip() for name in rows.split(",")])
+    if arrivals is not None:
+        works = [replace(work, arrivals=arrivals) for work in works]
+    _check_gpu()
+    import torch
+
+    for result in bench_serve(works, device=torch.device("cuda"), dtype=torch.bfloat16, seed=seed):
+        typer.echo(json.dumps(result) if as_json else _serve_text(result))
+        sys.stdout.flush()  # a run that is cut short has shown what it has
+
+
+def _serve_text(result: dict[str, Any]) -> str:
+    if result["work"] == "start":
+        return (
+            f"an engine of {result['shape']} at ratio {result['ratio']:g}: ready in {result['start_s']:.1f} s, "
+            f"first requests in {result['first_requests_s']:.1f} s"
+        )
+    text = f"{result['work']}: {result['seconds']:.2f} s, {result['tokens_per_s']:,.0f} tokens per second"
+    if "gap_ms_p99" in result:
+        text += f"; between tokens {result['gap_ms_median']:.1f} ms in the median, {result['gap_ms_p99']:.1f} at p99"
+    return text
 
 
 def train(
