@@ -84,6 +84,12 @@ class PagePool:
         self.free[free : free + len(freed)] = freed
         self.free_count += len(freed)
 
+    def reset(self) -> None:
+        """Take every page away from its owners, in place."""
+        self.free.copy_(torch.arange(self.pages - 1, -1, -1, dtype=torch.int32, device=self.free.device))
+        self.free_count.fill_(self.pages)
+        self.extra_owners.zero_()
+
     def shortage(self, needed: int) -> str:
         """The sentence for a request that does not fit."""
         size = self.page_bytes

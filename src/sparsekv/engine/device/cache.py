@@ -78,6 +78,13 @@ class EngineCache(PagedCache):
             self.ragged.prune(layer, rows, keep)
         self._prunes.clear()
 
+    def reset(self) -> None:
+        """Forget a forward that did not end."""
+        self.parts = (None, None)
+        self._prunes.clear()
+        if self.reads is not None:
+            self.reads.zero_()
+
     def _decode(self, layer: int, part: Part, tokens: list[Tensor], scale: float) -> Tensor:
         policy, step, pages = (
             self.attached[layer].policy,
