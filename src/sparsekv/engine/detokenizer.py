@@ -5,7 +5,12 @@ the first bytes of a character whose last are still to come: a character has fou
 are held back. One token or thousands may be new; each is decoded about twice, whenever the text is read.
 """
 
+from collections.abc import Callable
 from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+Decode = Callable[[list[int]], str]
 
 CONTEXT = 8
 """Tokens that the text of the next ones may depend on."""
@@ -13,14 +18,23 @@ HELD = 3
 """Trailing U+FFFD that the next token may still change."""
 
 
-class Detokenizer:
-    """tokenizer: anything with decode(ids, skip_special_tokens=...); tokens: prompt and output, a list that grows;
-    prompt: how many tokens of it are no output."""
+def decoder(tokenizer: Any, *, skip_special_tokens: bool = True) -> Decode:
+    """tokenizer.decode, without what Transformers does around it where that changes nothing: it takes most of the time.
 
-    def __init__(self, tokenizer: Any, tokens: list[int], *, prompt: int, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
+    tokenizer: anything with decode(ids, skip_special_tokens=...).
+    """
+    plain = isinstance(tokenizer, PreTrainedTokenizerFast) and not tokenizer.clean_up_tokenization_spaces
+    if plain and all(getattr(type(tokenizer), n) is getattr(PreTrainedTokenizerFast, n) for n in ("decode", "_decode")):
+        tokenizer = tokenizer.backend_tokenizer
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+class Detokenizer:
+    """decode: see `decoder`; tokens: prompt and output, a list that grows; prompt: how many of them are no output."""
+
+    def __init__(self, decode: Decode, tokens: list[int], *, prompt: int) -> None:
+        self._decode = decode
         self._tokens = tokens
-        self._skip = skip_special_tokens
         self._first = max(0, prompt - CONTEXT)
         self._prompt: int | None = prompt
         self._given = 0
@@ -51,8 +65,8 @@ class Detokenizer:
         """
         end = len(self._tokens) if end is None else end
         if self._prompt is not None:
-            self._given, self._prompt = len(self._decode(self._prompt)), None
-        now = self._decode(end)
+            self._given, self._prompt = len(self._decode(self._tokens[self._first : self._prompt])), None
+        now = self._decode(self._tokens[self._first : end])
         held = 0 if final else min(HELD, len(now) - len(now.rstrip("\ufffd")))
         added = now[self._given : len(now) - held]
         if added:
@@ -62,8 +76,5 @@ class Detokenizer:
         if end - self._first > 2 * CONTEXT:
             waiting = len(now) - self._given
             self._first = end - CONTEXT
-            self._given = max(0, len(self._decode(end)) - waiting)
+            self._given = max(0, len(self._decode(self._tokens[self._first : end])) - waiting)
         return added
-
-    def _decode(self, end: int) -> str:
-        return self._tokenizer.decode(self._tokens[self._first : end], skip_special_tokens=self._skip)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekv.cache.pages import human_bytes
-from sparsekv.engine.detokenizer import Detokenizer
+from sparsekv.engine.detokenizer import Detokenizer, decoder
 from sparsekv.engine.device.runner import Pending, Runner, StepResult
 from sparsekv.engine.finish import append_token
 from sparsekv.engine.outputs import Session
@@ -294,12 +294,8 @@ class Engine:
         status = Status.PENDING if index else Status.WAITING if session is None else Status.SWAPPED
         sequence = Sequence(request=request, index=index, tokens=list(request.prompt), status=status)
         if self.tokenizer is not None and request.params.detokenize:
-            sequence.detokenizer = Detokenizer(
-                self.tokenizer,
-                sequence.tokens,
-                prompt=len(request.prompt),
-                skip_special_tokens=request.params.skip_special_tokens,
-            )
+            decode = decoder(self.tokenizer, skip_special_tokens=request.params.skip_special_tokens)
+            sequence.detokenizer = Detokenizer(decode, sequence.tokens, prompt=len(request.prompt))
         if status is Status.SWAPPED and session is not None:
             sequence.placed = sequence.counters.seen = session.placed
             sequence.swapped = session.state

@@ -1,8 +1,8 @@
 """Logits to tokens, for a batch of samples that each have their own parameters.
 
-penalties -> temperature -> min_p -> top_k -> top_p -> the inverse of the cumulative distribution at one uniform number
-per (seed, sample, position). Temperature 0 takes the largest logit. Everything stays on the device; what is off for the
-whole batch costs nothing.
+logit_bias -> penalties -> temperature -> min_p -> top_k -> top_p -> the inverse of the cumulative distribution at one
+uniform number per (seed, sample, position). Temperature 0 takes the largest logit. Everything stays on the device; what
+is off for the whole batch costs nothing.
 """
 
 from dataclasses import dataclass
@@ -37,6 +37,8 @@ class SamplingBatch:
     """int64 [S]: the row whose history counts, that of its request's first sample where it has none yet."""
     logprobs: int | None
     """The largest number of log-probabilities asked for."""
+    bias: tuple[Tensor, Tensor, Tensor] | None = None
+    """logit_bias: sample and token int64, value float32, [those]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ def sampling_batch(sequences: list[Sequence], device: torch.device) -> SamplingB
     seed, index, rows, top_k = upload(integers, torch.int64, device).unbind(-1)
     floats = [(p.temperature or 1.0, p.min_p, p.top_p) for p in params]
     temperature, min_p, top_p = upload(floats, torch.float32, device).unbind(-1)
+    bias = [(i, t, b) for i, p in enumerate(params) for t, b in (p.logit_bias or {}).items()]
     penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params if p.penalised]
     return SamplingBatch(
         seed=seed,
@@ -66,6 +69,7 @@ def sampling_batch(sequences: list[Sequence], device: torch.device) -> SamplingB
         temperature=None if all(greedy) else temperature,
         greedy=upload(greedy, torch.bool, device) if any(greedy) and not all(greedy) else None,
         filters=(min_p, top_k, top_p) if any(p.filtered for p in params) else None,
+        bias=_bias(bias, device) if bias else None,
         penalised=upload(penalised, torch.int64, device) if penalised else None,
         penalties=upload(penalties, torch.float32, device).T if penalised else None,
         rows=rows,
@@ -83,6 +87,9 @@ def sample(
 ) -> Sampled:
     """logits: [S, vocab]; positions: int64 [S], of the tokens to be sampled; banned: (sample, token), int64 [n]."""
     logits = raw = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if batch.bias is not None:
+        sample_, token, value = batch.bias
+        logits = logits.index_put((sample_, token), value.to(logits.dtype), accumulate=True)
     if banned is not None:
         logits = logits.index_put(banned, logits.new_full((), -torch.inf))
     if batch.penalised is not None and batch.penalties is not None:
@@ -100,6 +107,12 @@ def sample(
         if batch.greedy is not None:
             tokens = torch.where(batch.greedy, logits.argmax(-1), tokens)
     return Sampled(tokens=tokens, logprobs=None if batch.logprobs is None else _logprobs(raw, tokens, batch.logprobs))
+
+
+def _bias(found: list[tuple[int, int, float]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    samples, tokens, values = zip(*found, strict=True)
+    sample_, token = upload([samples, tokens], torch.int64, device)
+    return sample_, token, upload(values, torch.float32, device)
 
 
 def cut(logits: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -123,7 +136,7 @@ def _logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tenso
     return chosen[:, 0], rank, top, ids
 
 
-def upload(data: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+def upload(data: list | tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor from host data, without waiting for the device."""
     if device.type != "cuda":
         return torch.tensor(data, dtype=dtype, device=device)
