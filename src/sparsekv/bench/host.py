@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from sparsekv.bench.shapes import Shape
@@ -24,7 +24,7 @@ from sparsekv.engine.schedule.ledger import Ledger
 from sparsekv.engine.schedule.scheduler import RunStep, Scheduler
 from sparsekv.provenance import environment
 
-PROMPT, PAGE_SIZE = 16, 32
+PROMPT, PAGE_SIZE, VOCABULARY = 16, 32, 94
 TEXTS = {"none": {"detokenize": False}, "stop": {"stop": ["never said"]}, "stream": {}}
 """How the text is read: never, at each token for a stop string, at each token with a snapshot of the request."""
 
@@ -57,18 +57,17 @@ class StubRunner:
         self.lengths += counts[:, None]
 
 
-def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+def letters_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each printable character of ASCII but the space: text in which no character spans two tokens."""
+    raw = Tokenizer(models.BPE(vocab={chr(33 + i): i for i in range(VOCABULARY)}, merges=[]))
     raw.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=raw)
 
 
 def bench_host(shape: Shape, *, sequences: int, output: int, text: str, steps: int = 50) -> dict[str, Any]:
     """Median milliseconds of a step of `sequences` sequences that have written `output` tokens each. text: of TEXTS."""
-    tokenizer, context = bytes_tokenizer(), PROMPT + output + 2 * steps
-    runner: Any = StubRunner(shape, rows=sequences, context=context, vocabulary=256)
+    tokenizer, context = letters_tokenizer(), PROMPT + output + 2 * steps
+    runner: Any = StubRunner(shape, rows=sequences, context=context, vocabulary=VOCABULARY)
     ledger = Ledger(
         layers=shape.layers,
         rows=sequences,
@@ -78,7 +77,9 @@ def bench_host(shape: Shape, *, sequences: int, output: int, text: str, steps: i
         caps=[context] * shape.layers,
     )
     scheduler = Scheduler(ledger, rows=sequences, max_tokens=sequences * PROMPT)
-    engine = Engine(runner, scheduler, max_model_len=context, vocab=256, tokenizer=tokenizer, async_scheduling=True)
+    engine = Engine(
+        runner, scheduler, max_model_len=context, vocab=VOCABULARY, tokenizer=tokenizer, async_scheduling=True
+    )
     params = SamplingParams(max_tokens=None, temperature=0.0, **TEXTS[text])
     requests = [engine.add([7] * PROMPT, params) for _ in range(sequences)]
     while len(scheduler.running) < sequences or any(r.sequences[0].sampled < 2 for r in requests):
@@ -105,7 +106,7 @@ def _write(engine: Engine, tokens: int) -> None:
     runner.grow(np.full(runner.ragged.rows, tokens, dtype=np.int32))
     for request in engine.requests.values():
         (sequence,) = request.sequences
-        sequence.tokens.extend([104 + i % 7 for i in range(tokens)])
+        sequence.tokens.extend(i % VOCABULARY for i in range(tokens))
         sequence.placed += tokens
         sequence.sampled += tokens
         sequence.read_text()

@@ -219,15 +219,13 @@ class Engine:
         assert result.free >= 0, "a step took more pages than the ledger allowed"
         slots = held.tolist()
         reads = slots if result.reads is None else (result.reads - self._reads).tolist()
-        for sequence, count in [(s, 1) for s in step.decodes] + [(c.sequence, c.count) for c in step.chunks]:
-            if sequence.status is not Status.FINISHED:
-                counters, row = sequence.counters, sequence.row_()
-                counters.seen += count
-                counters.held = slots[row]
-                counters.peak = max(counters.peak, counters.held)
         for sequence in step.decodes:
             if sequence.status is not Status.FINISHED:
-                sequence.counters.reads += reads[sequence.row_()]
+                row = sequence.row_()
+                sequence.counters.add(1, held=slots[row], read=reads[row])
+        for chunk in step.chunks:
+            if chunk.sequence.status is not Status.FINISHED:
+                chunk.sequence.counters.add(chunk.count, held=slots[chunk.sequence.row_()], read=0)
         if result.reads is not None:
             self._reads = result.reads
         return held

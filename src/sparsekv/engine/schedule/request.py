@@ -36,6 +36,14 @@ class Counters:
     held: int = 0
     peak: int = 0
 
+    def add(self, tokens: int, *, held: int, read: int) -> None:
+        """A step placed tokens, left `held` and read `read` slots."""
+        self.seen += tokens
+        self.held = held
+        self.reads += read
+        if held > self.peak:
+            self.peak = held
+
     def copy(self) -> "Counters":
         return Counters(seen=self.seen, reads=self.reads, held=self.held, peak=self.peak)
 
