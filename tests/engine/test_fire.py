@@ -25,7 +25,7 @@ NEW = 9
 HOME = str(Path(sparsekv.engine.__file__).parent)
 
 
-SEEDS = [*range(10), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10, 60))]
+SEEDS = [*range(10), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10, 30))]
 
 
 class Injected(BaseException):

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from copy import deepcopy
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,7 @@ class Engine:
         max_model_len: int,
         vocab: int,
         eos: frozenset[int] = frozenset(),
-        tokenizer: object | None = None,
+        tokenizer: Any = None,
         async_scheduling: bool = False,
     ) -> None:
         self.runner = runner
