@@ -25,8 +25,10 @@ def decoder(tokenizer: Any, *, skip_special_tokens: bool = True) -> Decode:
     """
     plain = isinstance(tokenizer, PreTrainedTokenizerFast) and not tokenizer.clean_up_tokenization_spaces
     if plain and all(getattr(type(tokenizer), n) is getattr(PreTrainedTokenizerFast, n) for n in ("decode", "_decode")):
-        tokenizer = tokenizer.backend_tokenizer
-    return lambda ids: tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        decode: Any = tokenizer.backend_tokenizer.decode
+    else:
+        decode = tokenizer.decode
+    return lambda ids: decode(ids, skip_special_tokens=skip_special_tokens)
 
 
 class Detokenizer:
