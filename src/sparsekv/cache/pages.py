@@ -86,7 +86,8 @@ class PagePool:
 
     def reset(self) -> None:
         """Take every page away from its owners, in place."""
-        self.free.copy_(torch.arange(self.pages - 1, -1, -1, dtype=torch.int32, device=self.free.device))
+        first = self.pages - 1
+        self.free.copy_(torch.arange(first, first - len(self.free), -1, dtype=torch.int32, device=self.free.device))
         self.free_count.fill_(self.pages)
         self.extra_owners.zero_()
 

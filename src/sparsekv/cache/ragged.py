@@ -86,9 +86,9 @@ class RaggedCache:
     def reset(self) -> None:
         """Empty all rows without asking what they own, after a forward that failed half-way. In place."""
         self.pool.reset()
-        tensors = (self.lengths, self.seen, self.tickets, *(t for state in self.state for t in state.values()))
-        for tensor in tensors:
-            tensor.zero_()
+        self.lengths.zero_()
+        self.tickets.zero_()
+        self.clear()
 
     def select(self, indices: Tensor) -> None:
         """Row i becomes an exact copy of row indices[i] (int64 [n]); unnamed rows are freed and n rows are left.
