@@ -161,3 +161,14 @@ def test_train_at_its_own_shapes_needs_a_gpu(run, monkeypatch):
     outcome = run("bench", "train")
     assert outcome.code == 2
     assert "use --shape tiny" in outcome.err
+
+
+def test_the_host_alone(run, monkeypatch):
+    """Without a GPU."""
+    monkeypatch.setattr("sparsekv.bench.host.TEXTS", {"none": {"detokenize": False}, "stop": {"stop": ["never said"]}})
+    outcome = run("bench", "host", "--shape", "tiny", "--steps", 20, "--json")
+    assert outcome.code == 0, outcome.err
+    records = [json.loads(line) for line in outcome.out.splitlines()]
+    found = {(r["sequences"], r["output"], r["text"]): r["ms"] for r in records}
+    assert set(found) == {(n, output, text) for n in (64, 256) for output in (0, 8192) for text in ("none", "stop")}
+    assert min(found.values()) > 0

@@ -2,7 +2,8 @@
 
 decode and prefill time whole forwards against plain Transformers (bench/plain.py), or with --shape the attention
 kernels alone, at random (bench/kernels.py). step, serve and suite time an engine with random weights, on a GPU. train
-times attention with the gate beside FlexAttention, and the whole step of a retrofit (bench/train.py).
+times attention with the gate beside FlexAttention, and the whole step of a retrofit (bench/train.py). host times what
+the engine does in a step beside the device, on any machine (bench/host.py).
 """
 
 import json
@@ -201,6 +202,25 @@ def _train_text(result: dict[str, Any]) -> str:
     return "\n".join(lines + ([result["note"]] if "note" in result else []))
 
 
+def host(
+    shape: _Shape = "qwen3-8b",
+    steps: Annotated[int, Option(help="Steps to time.", min=1)] = 50,
+    as_json: _Json = False,
+) -> None:
+    """The engine's own work in a decode step, over a device that answers at once: 64 and 256 sequences, after 0 and
+    8,192 tokens of output, with text for a stop string, as streams, and without."""
+    from sparsekv.bench.host import TEXTS, bench_host
+    from sparsekv.bench.shapes import shape_of
+
+    found = shape_of(shape)
+    for sequences in (64, 256):
+        for output in (0, 8192):
+            for text in TEXTS:
+                result = bench_host(found, sequences=sequences, output=output, text=text, steps=steps)
+                line = f"{result['ms']:.2f} ms a step of {sequences} sequences after {output} tokens, text: {text}"
+                typer.echo(json.dumps(result) if as_json else line)
+
+
 def suite(
     out: Annotated[Path, Argument(help="JSON lines, one a figure.")],
     commit: Annotated[str | None, Option(help="Written to each line; default: what git says.")] = None,
@@ -212,7 +232,7 @@ def suite(
     raise typer.Exit(main([str(out), *([commit] if commit else [])]))
 
 
-for _command in (decode, prefill, step, serve, train, suite):
+for _command in (decode, prefill, step, serve, train, host, suite):
     app.command(_command.__name__)(with_config(_command))
 
 

@@ -54,3 +54,8 @@ class EngineCache(PagedCache):
                 outs.append(self.executor.run(layer, part, mine, scale))
                 first += part.tokens
         return (outs[0] if len(outs) == 1 else torch.cat(outs))[None]
+
+    def reset(self) -> None:
+        """Forget a forward that did not end."""
+        self.parts = (None, None)
+        self.executor.reset()

@@ -231,6 +231,13 @@ class Runner:
         self._batch = None
         self.ragged.release(torch.tensor(rows, device=self.device))
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Empty the cache, whatever state it is in."""
+        self._batch = None
+        self.cache.reset()
+        self.ragged.reset()
+
     def fork_cost(self, row: int) -> int:
         """Pages that a copy of the row takes."""
         return self.ragged.fork_cost(torch.tensor([row], device=self.device))

@@ -1,7 +1,8 @@
 """Logits to tokens, for a batch of samples that each have their own parameters.
 
-penalties -> ops.draw: temperature, min_p, top_k, top_p, and one uniform number per (seed, sample, position).
-Temperature 0 takes the largest logit. Everything stays on the device; what is off for the whole batch costs nothing.
+logit_bias -> penalties -> ops.draw: temperature, min_p, top_k, top_p, and one uniform number per (seed, sample,
+position). Temperature 0 takes the largest logit. Everything stays on the device; what is off for the whole batch costs
+nothing.
 """
 
 from dataclasses import dataclass
@@ -12,9 +13,6 @@ from torch import Tensor
 from sparsekv.engine.device.history import TokenHistory
 from sparsekv.engine.schedule.request import Sequence
 from sparsekv.ops.draw import draw
-
-COLDEST = 1e-30
-"""A temperature as good as 0, and far from where float32 ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +35,8 @@ class SamplingBatch:
     """int64 [S]: the row whose history counts, that of its request's first sample where it has none yet."""
     logprobs: int | None
     """The largest number of log-probabilities asked for."""
+    bias: tuple[Tensor, Tensor, Tensor] | None = None
+    """logit_bias: sample and token int64, value float32, [those]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +57,16 @@ def sampling_batch(sequences: list[Sequence], device: torch.device) -> SamplingB
     wanted = [p.logprobs for p in params if p.logprobs is not None]
     integers = [(s.request.seed, s.index, t.row_(), p.top_k) for s, t, p in zip(sequences, trunks, params, strict=True)]
     seed, index, rows, top_k = (x.contiguous() for x in upload(integers, torch.int64, device).unbind(-1))
-    floats = [(0.0 if p.greedy else max(p.temperature, COLDEST), p.min_p, p.top_p) for p in params]
+    floats = [(p.temperature, p.min_p, p.top_p) for p in params]
     temperature, min_p, top_p = (x.contiguous() for x in upload(floats, torch.float32, device).unbind(-1))
+    bias = [(i, t, b) for i, p in enumerate(params) for t, b in (p.logit_bias or {}).items()]
     penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params if p.penalised]
     return SamplingBatch(
         seed=seed,
         index=index,
         temperature=None if all(p.greedy for p in params) else temperature,
         filters=(min_p, top_k, top_p) if any(p.filtered for p in params) else None,
+        bias=_bias(bias, device) if bias else None,
         penalised=upload(penalised, torch.int64, device) if penalised else None,
         penalties=upload(penalties, torch.float32, device).T if penalised else None,
         rows=rows,
@@ -82,6 +84,10 @@ def sample(
 ) -> Sampled:
     """logits: [S, vocab]; positions: int64 [S], of the tokens to be sampled; banned: (sample, token), int64 [n]."""
     raw = logits
+    if batch.bias is not None:
+        sample_, token, value = batch.bias
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.index_put((sample_, token), value.to(logits.dtype), accumulate=True)
     if banned is not None:
         logits = logits.index_put(banned, logits.new_full((), -torch.inf))
     if batch.penalised is not None and batch.penalties is not None:
@@ -96,6 +102,12 @@ def sample(
     return Sampled(tokens=tokens, logprobs=None if batch.logprobs is None else _logprobs(raw, tokens, batch.logprobs))
 
 
+def _bias(found: list[tuple[int, int, float]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    samples, tokens, values = zip(*found, strict=True)
+    sample_, token = upload([samples, tokens], torch.int64, device)
+    return sample_, token, upload(values, torch.float32, device)
+
+
 def _logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     chosen = logprobs.gather(-1, tokens[:, None])
@@ -104,7 +116,7 @@ def _logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tenso
     return chosen[:, 0], rank, top, ids
 
 
-def upload(data: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+def upload(data: list | tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor from host data, without waiting for the device."""
     if device.type != "cuda":
         return torch.tensor(data, dtype=dtype, device=device)
