@@ -25,7 +25,7 @@ NEW = 9
 HOME = str(Path(sparsekv.engine.__file__).parent)
 
 
-SEEDS = [*range(10), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10, 30))]
+SEEDS = range(10)
 
 
 class Injected(BaseException):
@@ -307,12 +307,12 @@ def test_a_refused_request_disturbs_no_other() -> None:
 
 def test_close() -> None:
     model, expected = _expected("dms")
-    before = _settled_threads()
+    others = set(threading.enumerate())  # of earlier tests, on their way out
     with engine(model) as llm:
         _right(llm, expected)
         pool = weakref.ref(llm.engine.runner.ragged.pool)
-        assert _threads() == before + 1
-    assert _threads() == before
+        assert [thread.name for thread in set(threading.enumerate()) - others] == ["sparsekv-engine"]
+    assert not set(threading.enumerate()) - others
     assert pool() is None
     for _ in range(2):
         with pytest.raises(ValueError, match="closed"):

@@ -111,8 +111,8 @@ def _pages(
     free: int,
     share: float,
 ) -> int:
-    """How many pages the pool has. peaks: by layer, the slots that a head takes at most; free: bytes of memory, of which the
-    pool takes `share` where nothing is said."""
+    """How many pages the pool has. peaks: by layer, the slots that a head takes at most; free: bytes of memory, of
+    which the pool takes `share` where nothing is said."""
     each = page_bytes(policies, shape, page_size=page_size)
     most = config.max_num_seqs * shape.kv_heads * sum(-(-peak // page_size) for peak in peaks)
     size = _bytes(config.kv_memory, free=free, share=share)
