@@ -1,4 +1,4 @@
-"""`sparsekv eval`: what a method costs, each score beside the ratio, the bytes and the reads that were measured with it."""
+"""`sparsekv eval`: what a method costs, each score beside the ratio, bytes and reads that were measured with it."""
 
 import json
 from dataclasses import asdict
@@ -54,7 +54,7 @@ def command(
     same_ratio: Annotated[
         bool, Option(help="Dial an adapter to the ratio on each text, instead of one offset for all.")
     ] = False,
-    by: Annotated[str, Option(help="Text scored by decode steps, by one prefill, or auto: steps where needed.")] = "auto",
+    by: Annotated[str, Option(help="Text scored by steps, one prefill, or auto: steps where needed.")] = "auto",
     items: Annotated[int, Option(help="Retrieval items of each task and context.")] = 4,
     contexts: Annotated[str, Option(help="Tokens of the retrieval items, with commas between.")] = "1024,2048",
     answers: Annotated[str, Option(help="Retrieval's answers: forced, or generated.")] = "forced",
@@ -89,6 +89,7 @@ def command(
         for ratio in cr or [None]
     ]
     harness = [name for name in names if name not in (PERPLEXITY, *KINDS)]
+    _check_harness(harness)
     loaded, tokenizer = open_model(model, dtype=dtype)
     settings[0].attach(loaded)
     settings = [setting for setting in settings if setting.policy != "dense"]  # which is measured anyway
@@ -100,10 +101,6 @@ def command(
         found.append(row)
         typer.echo(describe(row), err=as_json)
 
-    if harness:
-        from sparsekv.evals.harness import load_tasks
-
-        load_tasks(harness)  # an unknown task is refused before anything is measured
     if config.text or config.kinds:
         _measure_ours(loaded, tokenizer, settings, text=text, others=_names(other_texts), config=config, show=show)
     if harness:
@@ -115,6 +112,22 @@ def command(
 
         about = {"model": model, "adapter": adapter, "policy": policy, "text": text, "settings": asdict(config)}
         typer.echo(json.dumps(about | environment(loaded.device) | {"rows": [row.to_dict() for row in found]}))
+
+
+def _check_harness(tasks: list[str]) -> None:
+    """Raises ValueError for tasks that are neither ours nor lm-evaluation-harness's."""
+    if not tasks:
+        return
+    try:
+        from sparsekv.evals.harness import load_tasks
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise ValueError(
+            f"--tasks {', '.join(tasks)}: these are not {', '.join([PERPLEXITY, *KINDS])}; for lm-evaluation-harness's "
+            "run pip install 'sparsekv[eval]'"
+        ) from None
+    load_tasks(tasks)
 
 
 def _measure_ours(
@@ -133,7 +146,7 @@ def _measure_ours(
     documents = load_documents([text])[1]
     texts = other_documents(others, trained_on=[text])
     rows = measure(model, tokenizer, settings, documents=documents, others=texts, config=config, on_row=show)
-    left = len(settings) + 1 - len(rows) // max(len({(r.task, r.length, r.text) for r in rows}), 1)
+    left = len(settings) + 1 - len(rows) // sum(row.policy == "dense" for row in rows)
     if left:
         typer.echo(f"{left} settings were left out: the {config.seconds:g} seconds were over", err=True)
 

@@ -1,4 +1,4 @@
-"""Loading for commands: a model by name, folder or hub id, quietly; which method governs it; a text as tokens."""
+"""Loading for commands: a model by name, folder or hub id, quietly; which method governs it."""
 
 import logging
 import warnings
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsekv.evals.methods.setting import Setting
@@ -92,16 +91,6 @@ def find_adapter(model_name: str) -> str:
         f"there is no {ADAPTERS}/{model_name} here; run this in a clone of the sparsekv repository, "
         "or pass --adapter with a folder that `sparsekv retrofit` has written"
     )
-
-
-def tokens_of(tokenizer: "PreTrainedTokenizerBase", text: str, *, special: bool = True) -> "Tensor":
-    """int64 [1, tokens]. Raises ValueError for a text without tokens."""
-    import torch
-
-    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
-    if not ids:
-        raise ValueError("the text is empty: it has no tokens")
-    return torch.tensor([ids])
 
 
 def check_length(tokens: int, limit: int) -> None:

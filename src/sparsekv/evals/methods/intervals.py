@@ -20,14 +20,17 @@ class Estimate:
     """A score and the interval that holds it in 95 of 100 repetitions."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     interval: str
-    """Which one: "wilson", or "bootstrap over" what."""
+    """Which one: "wilson", "bootstrap over" what, or "none" and why."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}" + ("" if self.low is None else f" ({self.low:.4g} to {self.high:.4g})")
 
 
 def share(values: ArrayLike, *, unit: str = "items") -> Estimate | None:
-    """The mean of values in [0, 1]: by Wilson where each is 0 or 1, else bootstrapped; None without values."""
+    """The mean of values: by Wilson where each is 0 or 1, else bootstrapped; None without values."""
     scores = np.asarray(values, dtype=np.float64)
     if not len(scores):
         return None

@@ -1,12 +1,12 @@
 """measure: running text and retrieval under several settings and dense, in one run and through the real cache.
 
-Each text, and each kind and length of retrieval, is a part: a setting's budget is made for its length, the dense model is
-measured on it first, and both give one row.
+Each text, and each kind and length of retrieval, is a part: a setting's budget is made for its length, the dense model
+is measured on it first, and both give one row.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from sparsekv.evals.corpus import Corpus
 from sparsekv.evals.items import ItemBuilder
 from sparsekv.evals.methods import questions
 from sparsekv.evals.methods.continuation import Continuation
-from sparsekv.evals.methods.rows import Row, make_row
+from sparsekv.evals.methods.rows import Row, Usage, make_row
 from sparsekv.evals.methods.setting import Setting, budget_of
 from sparsekv.evals.methods.steps import needs_steps
 from sparsekv.evals.settings import MeasurementConfig
@@ -118,15 +118,13 @@ class _Bench:
         return bool(forced) or self.config.by == "steps"
 
     def row(self, part: _Part, setting: Setting, *, by_steps: bool) -> Row:
-        dense = setting is DENSE
-        with contexts.original(self.model) if dense else nullcontext():
-            with nullcontext(Policy()) if dense else setting.governing(self.model, tokens=part.length) as policy:
-                with self._dialled(part, setting, policy):
-                    usage, scored = self._measure(part, dense=dense, by_steps=by_steps)
+        with setting.governing(self.model, tokens=part.length) as policy, self._dialled(part, setting, policy):
+            usage, scored = self._measure(part, dense=setting is DENSE, by_steps=by_steps)
         about: dict[str, Any] = {"task": part.task, "length": part.length, "text": part.text}
         return make_row(setting, usage, budget=budget_of(policy), seed=self.config.seed, **about, **scored)
 
-    def _measure(self, part: _Part, *, dense: bool, by_steps: bool):
+    def _measure(self, part: _Part, *, dense: bool, by_steps: bool) -> tuple[Usage, dict[str, Any]]:
+        """(usage, Row's scores and by_depth) as the model is governed now."""
         if part.continuation is not None:
             score = part.continuation.dense if dense else part.continuation.score
             usage, scores = score(by_steps=by_steps)
@@ -140,7 +138,7 @@ class _Bench:
         scores, by_depth = questions.summarise(part.cell, right, part.dense)
         return usage, {"scores": scores, "by_depth": by_depth}
 
-    def _dialled(self, part: _Part, setting: Setting, policy: Policy):
+    def _dialled(self, part: _Part, setting: Setting, policy: Policy) -> AbstractContextManager[None]:
         """Where each text is to have the ratio asked for, the offset at which it has."""
         text, ratio = part.continuation, setting.cr
         if not self.config.same_ratio or text is None or ratio is None or not isinstance(policy, DMSPolicy):

@@ -41,9 +41,14 @@ def answer(
     return usage, scores
 
 
-def summarise(cell: Cell, scores: list[float], dense: list[float]) -> tuple[dict[str, Estimate], dict]:
+def summarise(
+    cell: Cell, scores: list[float], dense: list[float]
+) -> tuple[dict[str, Estimate], dict[str, Estimate | None]]:
     """(accuracy, and kept: its mean over the items that dense answers fully; accuracy by quarter of the text)."""
-    found = {"accuracy": share(scores), "kept": share([ours for ours, best in zip(scores, dense, strict=True) if best == 1])}
+    found = {
+        "accuracy": share(scores),
+        "kept": share([ours for ours, best in zip(scores, dense, strict=True) if best == 1]),
+    }
     quarters = [min(int(4 * item.depth), 3) for item in cell.items]
     by_depth = {
         name: share([score for score, quarter in zip(scores, quarters, strict=True) if quarter == i])
@@ -52,12 +57,12 @@ def summarise(cell: Cell, scores: list[float], dense: list[float]) -> tuple[dict
     return {name: estimate for name, estimate in found.items() if estimate is not None}, by_depth
 
 
-def _judge_forced(
-    split: SplitModel, walked: Walk, row: int, item: Item, tokenizer: PreTrainedTokenizerBase
-) -> float:
+def _judge_forced(split: SplitModel, walked: Walk, row: int, item: Item, tokenizer: PreTrainedTokenizerBase) -> float:
     first = item.answers[0][0]
     best = split.logits(walked.hidden[row]).argmax(-1)
-    right = [bool((best[a - first : b - first] == walked.tokens[row, a - first : b - first]).all()) for a, b in item.answers]
+    right = [
+        bool((best[a - first : b - first] == walked.tokens[row, a - first : b - first]).all()) for a, b in item.answers
+    ]
     return sum(right) / len(right)
 
 

@@ -116,7 +116,7 @@ def describe(row: Row) -> str:
     """One line for people."""
     where = " ".join(str(x) for x in (row.text, row.length and f"{row.length} tokens") if x)
     asked = row.policy + (f" at {row.cr:g}" if row.cr else "") + (f" of {row.budget}" if row.budget else "")
-    scores = "  ".join(f"{name} {s.value:.4g} ({s.low:.4g} to {s.high:.4g})" for name, s in row.scores.items())
+    scores = "  ".join(f"{name} {estimate}" for name, estimate in row.scores.items())
     reads = "" if row.kv_reads is None else f"  reads {row.kv_reads:.0f}"
     return (
         f"{row.task} {where}  {asked}: ratio {row.ratio:.2f}  peak {row.peak_tokens:.0f}{reads}  {scores}  "

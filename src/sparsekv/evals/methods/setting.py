@@ -1,7 +1,7 @@
 """A setting: which policy governs a model and how much it may hold, by budget or by ratio.
 
-Where a policy has a budget, a ratio `cr` makes it out of a length: budget = (prompt + new tokens) / cr. Trained heads are
-dialled to the ratio instead, by the table of their adapter.
+Where a policy has a budget, a ratio `cr` makes it out of a length: budget = (prompt + new tokens) / cr. Trained heads
+are dialled to the ratio instead, by the table of their adapter.
 """
 
 from collections.abc import Iterator
@@ -52,14 +52,8 @@ class Setting:
         if about.budget and self.budget is None and (self.cr is None or self.adapter is not None):
             rule = "" if self.adapter is not None else " or --cr R"
             raise ValueError(f"policy {self.policy!r} needs a budget: pass --budget N{rule}")
-
-    @property
-    def name(self) -> str:
-        """For people: "tova at 4", "streaming of 512"."""
-        parts = [self.policy]
-        parts += [] if self.cr is None else [f"at {self.cr:g}"]
-        parts += [] if self.budget is None else [f"of {self.budget}"]
-        return " ".join(parts)
+        if not about.needs_training:
+            self._policy(tokens=2**30)
 
     def arguments(self, *, tokens: int) -> dict[str, Any]:
         """For sparsekv.attach and LLM. tokens: of prompt and output together."""
@@ -77,14 +71,17 @@ class Setting:
 
     @contextmanager
     def governing(self, model: PreTrainedModel, *, tokens: int) -> Iterator[Policy]:
-        """Within, the model attached by `attach` of this or a setting with the same adapter is governed as this one
-        says for sequences of `tokens` tokens, prompt and output together.
+        """Within, a model is governed as this says for sequences of `tokens` tokens, prompt and output together. It was
+        attached by `attach` of this or a setting with the same adapter; dense is what it was before that.
 
         Raises ValueError for a budget that the policy or the model cannot have.
         """
+        if self.policy == "dense":
+            with contexts.original(model):
+                yield attachment_of(model).policy
+            return
         if self.adapter is None:
-            options = {name: value for name, value in self.arguments(tokens=tokens).items() if name != "policy"}
-            policy = make_policy(self.policy, **options)
+            policy = self._policy(tokens=tokens)
             with contexts.governed(model, policy):
                 yield policy
             return
@@ -93,6 +90,10 @@ class Setting:
         offset = 0.0 if self.cr is None else read_adapter(self.adapter)[0].offset_for(self.cr)
         with contexts.dialled(policy, offset):
             yield policy
+
+    def _policy(self, *, tokens: int) -> Policy:
+        options = self.arguments(tokens=tokens)
+        return make_policy(options.pop("policy"), **options)
 
 
 def budget_of(policy: Policy) -> int | None:
