@@ -140,8 +140,7 @@ def generate(
             f"the prompt has {len(ids)} tokens and --max-tokens {sampling.max_tokens} would exceed the model's "
             f"context of {limit}; shorten the prompt or generate fewer tokens"
         )
-    options |= {"kv_memory": memory, "max_num_seqs": sampling.n, "max_model_len": length}
-    llm = LLM(model, tokenizer=tokenizer, **options)
+    llm = LLM(model, tokenizer=tokenizer, kv_memory=memory, max_num_seqs=sampling.n, **options)
     params = SamplingParams(
         n=sampling.n,
         max_tokens=sampling.max_tokens,

@@ -111,12 +111,8 @@ class SparseLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         found = []
         for request in requests:
-            windows = get_rolling_token_windows(
-                self.tok_encode(request.arguments[0], add_special_tokens=False),
-                self.prefix_token_id,
-                self.context - 1,
-                1,
-            )
+            ids = self.tok_encode(request.arguments[0], add_special_tokens=False)
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.context - 1, 1)
             parts: list[Any] = [(("", ""), *make_disjoint_window(window)) for window in windows]
             found.append(sum(score for score, _ in self._loglikelihood_tokens(parts)))
         return found
@@ -130,7 +126,7 @@ class SparseLM(TemplateLM):
         longest = max(len(ids) + (each.max_tokens or 0) for ids, each in zip(prompts, params, strict=True))
         texts: list[str] = []
         with self._governed(longest):
-            llm = LLM(self.model, tokenizer=self.tokenizer, max_num_seqs=self.batch, max_model_len=longest)
+            llm = LLM(self.model, tokenizer=self.tokenizer, max_num_seqs=self.batch)
             for i in range(0, len(prompts), self.batch):  # the samples are kept for their bytes, so not all at once
                 part = slice(i, i + self.batch)
                 with self.usage.timed():
