@@ -85,7 +85,7 @@ def attach(
         given = ["cr"] * (cr is not None) + sorted(options)
         raise ValueError(f"a Policy object brings its own settings; leave out {', '.join(given)}")
     assert isinstance(policy, Policy)
-    _check_budget(policy, layers.max_tokens)
+    check_budget(policy, layers.max_tokens)
     if loaded is not None:
         loaded.copy_into(heads)
     lora = None
@@ -139,7 +139,8 @@ def _dms_policy(
     return policy
 
 
-def _check_budget(policy: Policy, context: int) -> None:
+def check_budget(policy: Policy, context: int) -> None:
+    """Raises ValueError for a budget beyond the model's context."""
     budget = getattr(policy, "budget", None)
     if budget is not None and budget > context:
         raise ValueError(f"budget is {budget} and the model's context is {context} tokens; lower it")

@@ -20,6 +20,7 @@ class H2OPolicy(BudgetPolicy):
 
     name = "h2o"
     weighs = True
+    ranks_by_weights = True
 
     def state(self, shape: HeadShape) -> list[State]:
         return [BORN, State(name="weight", kind="slot", dtype=shape.wide)]

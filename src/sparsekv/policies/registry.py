@@ -42,7 +42,7 @@ class Method:
     """Whether it takes `budget`, and so `cr` by the rule (input + output tokens) / cr."""
     needs_training: bool
     needs_weights: bool
-    """Whether it reads attention weights, which costs a second pass over the keys."""
+    """Whether it reads attention weights, which costs a second pass over the keys, at each step or once a prompt."""
     frees_memory: bool
     recordable: bool
     """Whether decode steps run in CUDA graphs."""
@@ -67,12 +67,12 @@ def describe(name: str) -> Method:
         options = sorted({*options, "window", "lag"})
     return Method(
         name=name,
-        about=(inspect.getmodule(kind).__doc__ or "").split("\n\n")[0].replace("\n", " "),  # pyright: ignore
+        about=(inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " "),
         options=options,
         budget="budget" in options,
         needs_training=kind.trained,
-        needs_weights=kind.weighs,
-        frees_memory=kind.frees,
+        needs_weights=kind.ranks_by_weights,
+        frees_memory=kind.frees and kind is not Policy,
         recordable=kind.recordable,
         exact_under=["fork", "prefix reuse", "swap"],
     )

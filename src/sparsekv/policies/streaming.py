@@ -10,7 +10,7 @@ from sparsekv.policies.base import Policy, Step
 
 
 class StreamingPolicy(Policy):
-    """Holds at most `budget` tokens per head: the first `sinks` and the most recent rest."""
+    """Holds `budget` tokens per head: the first `sinks` and the most recent others."""
 
     name = "streaming"
 
