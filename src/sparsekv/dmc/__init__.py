@@ -13,9 +13,11 @@ examples/dmc). The paper's own text was not at hand: where it differs from its c
 from sparsekv.dmc.accumulate import Carry, accumulate
 from sparsekv.dmc.losses import compression_loss, straight_through
 from sparsekv.dmc.neurons import importance, merge_logits, neuron_keep, zero_neuron_
+from sparsekv.dmc.rope import BeforeRope, rotate
 from sparsekv.dmc.soft import key_gate, soft_accumulate
 
 __all__ = [
+    "BeforeRope",
     "Carry",
     "accumulate",
     "compression_loss",
@@ -23,6 +25,7 @@ __all__ = [
     "key_gate",
     "merge_logits",
     "neuron_keep",
+    "rotate",
     "soft_accumulate",
     "straight_through",
     "zero_neuron_",
