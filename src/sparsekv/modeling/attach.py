@@ -66,7 +66,9 @@ def attach(
         loaded = adapters.load_adapter(adapter, model)
         own_policy = loaded.config.policy
         if "dmc" in (policy, own_policy) and policy not in (None, own_policy):
-            raise ValueError(f"the adapter {adapter} is for policy {own_policy!r}, not {policy!r}; leave out the policy")
+            raise ValueError(
+                f"the adapter {adapter} is for policy {own_policy!r}, not {policy!r}; leave out the policy"
+            )
         options |= loaded.config.policy_options()
         options["offset"] = 0.0 if cr is None else loaded.config.offset_for(cr)
         policy = policy or own_policy

@@ -102,7 +102,6 @@ class Projected:
 
     def _is_transposed(self, x: Tensor) -> bool:
         """Whether a norm's input is [B, heads, S, D], as in Gemma 3, and not [B, S, heads, D], as in Qwen3. The strides
-        tell where S = heads: the input is a view of the projection's output [B, S, heads * D]."""
-        if x.ndim != 4 or x.shape[1] != self.heads:
-            return False
-        return x.shape[2] != self.heads or x.stride(1) < x.stride(2)
+        tell, since it is a view of the projection's output [B, S, heads * D]; S is not compared with the heads, which
+        would compile a decode step of so many sequences apart."""
+        return x.stride(1) < x.stride(2) if self.heads > 1 else x.shape[2] != 1

@@ -89,7 +89,9 @@ def make_policy(name: str, *, cr: float | None = None, tokens: int | None = None
     """
     kind = _kind(name)
     if kind.trained:
-        raise ValueError(f"policy {name!r} has learned what it decides: use sparsekv.attach, which makes or loads its parameters")
+        raise ValueError(
+            f"policy {name!r} has learned what it decides: use sparsekv.attach, which makes or loads its parameters"
+        )
     if cr is not None:
         options |= budget_options(name, cr=cr, tokens=tokens, given=options)
     return build(partial(kind), name, options)
