@@ -57,7 +57,7 @@ class Method:
 
 
 def policy_names() -> list[str]:
-    """The names that `make_policy` and `attach` know; those of DMS and DMC decide by parameters, which `attach` makes."""
+    """The names that `make_policy` and `attach` know; DMS and DMC decide by parameters, which `attach` makes."""
     return sorted(METHODS)
 
 
