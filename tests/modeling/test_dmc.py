@@ -184,29 +184,33 @@ def test_the_engine_is_plain_generate(pages: int | None) -> None:
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
 @torch.no_grad()
-def test_a_decode_step_compiles_whole_for_any_batch(family: str) -> None:
+def test_a_decode_step_compiles_for_any_batch_and_depth(family: str) -> None:
     """As CUDA graphs need it; also where there are as many sequences as heads."""
-    torch.compiler.reset()
-    model, counter = attached(family), CompileCounterWithBackend("eager")
-    cache = engine(model).engine.runner.cache
-    assert why_not_recordable(cache.executor.policies) is None
-    compiled = compiled_decode(model, cache, backend=counter)
+    graphs = []
+    for layers in (2, 4):
+        torch.compiler.reset()
+        model, counter = attached(family, num_hidden_layers=layers), CompileCounterWithBackend("eager")
+        cache = engine(model).engine.runner.cache
+        assert why_not_recordable(cache.executor.policies) is None
 
-    def plain(ids: Tensor, positions: Tensor) -> Tensor:
-        return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
+        def plain(ids: Tensor, positions: Tensor, model: Any = model, cache: Any = cache) -> Tensor:
+            return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
 
-    def three_steps(forward: Any, count: int) -> Tensor:
-        cache.ragged.clear()
-        for position in range(3):
-            batch = batch_of(torch.arange(count), [1] * count)
-            seen = torch.full((count,), position, dtype=torch.int32)
-            cache.parts = (Part(batch=batch, seen=seen, tokens=count, most=position + 1), None)
-            logits = forward(torch.arange(3, 3 + count)[None], torch.full((1, count), position))
-        return logits
+        compiled = compiled_decode(model, cache, backend=counter)
+        for count in (4, 3, 2, 1):
+            torch.testing.assert_close(_three_steps(cache, compiled, count), _three_steps(cache, plain, count))
+        graphs.append(counter.frame_count)
+    assert 0 < graphs[0] == graphs[1]
 
-    for count in (4, 3, 2, 1):
-        torch.testing.assert_close(three_steps(compiled, count), three_steps(plain, count))
-    assert counter.frame_count == 2
+
+def _three_steps(cache: Any, forward: Any, count: int) -> Tensor:
+    cache.ragged.clear()
+    out = []
+    for position in range(3):
+        batch, seen = batch_of(torch.arange(count), [1] * count), torch.full((count,), position, dtype=torch.int32)
+        cache.parts = (Part(batch=batch, seen=seen, tokens=count, most=position + 1), None)
+        out.append(forward(torch.arange(3, 3 + count)[None], torch.full((1, count), position)).clone())
+    return torch.stack(out)
 
 
 def test_layers_compile_once_and_train_the_same() -> None:
@@ -302,7 +306,7 @@ def test_models_that_turn_their_keys_otherwise_are_refused(monkeypatch: pytest.M
     assert not hasattr(model, "sparsekv_attachment")
     with pytest.raises(ValueError, match="channel 8 does not exist"):
         sparsekv.attach(model, policy="dmc", neuron=NeuronSource(channel=8))
-    with pytest.raises(ValueError, match="unexpected keyword argument 'window'; it takes reach, offset"):
+    with pytest.raises(ValueError, match="unexpected keyword argument 'window'; it takes offset, reach"):
         sparsekv.attach(model, policy="dmc", window=4)
     model.model.layers[1].self_attn.k_proj = torch.nn.Linear(32, 64)
     with pytest.raises(ValueError, match="cannot read the keys of LlamaAttention"):

@@ -56,7 +56,9 @@ def attach(
     if policy is None and adapter is None:
         raise ValueError("attach takes a policy or an adapter: pass policy=... or adapter=...")
     if adapter is not None and policy not in (None, *TRAINED):
-        raise ValueError(f"an adapter is for policy {', '.join(TRAINED)}, not {policy!r}; leave out the policy")
+        raise ValueError(
+            f"an adapter's heads are for policy 'dms' or 'dms-quest', not {policy!r}; leave out the policy"
+        )
     layers = attention_layers(model)
     loaded = None
     if adapter is not None:

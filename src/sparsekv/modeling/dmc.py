@@ -8,6 +8,7 @@ channel's partner into it, leaves it 0 too: in the model's own queries and keys 
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def install(
         undo.append(hooked.register_forward_hook(hook).remove)
     for holder in {id(m): m for m in (module, query.module, key.module)}.values():
         setattr(holder, READER, reader)
-        undo.append(lambda holder=holder: delattr(holder, READER))
+        undo.append(partial(delattr, holder, READER))
     return undo
 
 

@@ -66,8 +66,8 @@ def describe(name: str) -> Method:
     kind = _kind(name)
     taken = inspect.signature(kind).parameters
     options = [o for o in taken if o not in ("args", "options", "sources", "page_size")]
-    if "options" in taken:  # DMS's too
-        options = sorted({*options, "window", "lag"})
+    if kind.trained:
+        options = sorted({*options, *(("window", "lag") if "options" in taken else ())})  # DMS's own
     return Method(
         name=name,
         about=(inspect.getmodule(kind).__doc__ or "").split("\n\n")[0].replace("\n", " "),  # pyright: ignore
