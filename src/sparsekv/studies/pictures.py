@@ -1,0 +1,85 @@
+"""Pictures in the demo's style: few colours, a faint grid, names at the ends of their lines instead of a legend."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INK, SOFT, GRID = "#1c1b19", "#6b6862", "#e3e0da"
+COLOURS = ("#b85c12", "#1f5f8b", "#4c7a34", "#7b3f8c", "#a33b3b", "#2f8f83", "#8a6d1d", "#6b6862", "#1c1b19", "#c2478a")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A named line; points of no value (None) are left out."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    bold: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One pair of axes."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    curves: Sequence[Curve]
+    log_x: bool = True
+    percent_y: bool = False
+    level: float | None = None
+    """A horizontal line, such as dense's."""
+
+
+def draw(panels: Sequence[Panel], file: Path) -> None:
+    """The panels side by side, as PNG."""
+    from matplotlib.figure import Figure  # no pyplot: it would pick a window system
+
+    figure = Figure(figsize=(5.4 * len(panels), 4.2), dpi=120, layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _panel(axes, panel)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Software": None})
+
+
+def _panel(axes: Any, panel: Panel) -> None:
+    from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
+
+    ends = []
+    for index, curve in enumerate(panel.curves):
+        points = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if y is not None]
+        if not points:
+            continue
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=2.6 if curve.bold else 1.4, markersize=4)
+        ends.append((points[-1][1], points[-1][0], curve.name, colour, curve.bold))
+    if panel.level is not None:
+        axes.axhline(panel.level, color=SOFT, linewidth=1, linestyle=":")
+    if panel.log_x:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    if panel.percent_y:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _names(axes, ends)
+    axes.set_title(panel.title, color=INK, fontsize=10, loc="left")
+    axes.set_xlabel(panel.xlabel, color=INK)
+    axes.set_ylabel(panel.ylabel, color=INK)
+    axes.grid(axis="y", color=GRID)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0, colors=SOFT)
+
+
+def _names(axes: Any, ends: list[tuple[float, float, str, str, bool]]) -> None:
+    """Beside the last points, moved apart where they would touch."""
+    low, high = axes.get_ylim()
+    least, last = (high - low) / 18, -float("inf")
+    for y, x, name, colour, bold in sorted(ends):
+        at = max(y, last + least)
+        last = at
+        axes.annotate(
+            name, (x, at), xytext=(8, 0), textcoords="offset points", va="center", color=colour, fontsize=9,
+            fontweight="bold" if bold else "normal", annotation_clip=False,
+        )  # fmt: skip
