@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paging import DEVICE, paged
 from sparsekv.ops.evict import at_random, least_important, least_shared, record, triton, when_full
-from sparsekv.ops.layout import LayerPages, slot_places
+from sparsekv.ops.layout import slot_places
 from sparsekv.ops.noise import uniform
 
 LENGTHS = [[40, 39], [0, 41], [70, 40], [40, 5]]
@@ -128,7 +128,9 @@ def test_kernels_choose_as_the_reference_does(
             assert torch.equal(*least)
             shared = [shared_victims(scene, weights.to(dtype), backend) for backend in ("reference", "triton")]
             assert torch.equal(*shared)
-        full = [when_full(scene.layer, scene.rows, shared[0], budget=budget, backend=b) for b in ("reference", "triton")]
+        full = [
+            when_full(scene.layer, scene.rows, shared[0], budget=budget, backend=b) for b in ("reference", "triton")
+        ]
         assert torch.equal(*full)
 
 
@@ -228,7 +230,7 @@ def test_refusals_name_the_reason() -> None:
     scene = Scene(LENGTHS, ROWS)
     scene.born = scene.born[:-1]
     for call in (scene.least, scene.random):
-        with pytest.raises(ValueError, match="born is .* this cache needs"):
+        with pytest.raises(ValueError, match=r"born is .* this cache needs"):
             call("triton")
     with pytest.raises(ValueError, match=r"weights are \(1, 2, 5\); expected \[4, 2, any\]"):
         least_shared(scene.layer, scene.rows, torch.zeros(1, 2, 5), scene.samples)

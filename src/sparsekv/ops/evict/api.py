@@ -3,8 +3,9 @@
 H2O (arXiv 2306.14048) takes the least important slot, TOVA (arXiv 2401.06104) the one least important to all heads
 together, the control of arXiv 2609.03430 one by chance. Of equals the first slot goes.
 
-What is remembered of slots is [P + 1, C] (cache.state): by page and place, index P for nobody. rows: int64 [B], distinct,
--1 for padded places, which choose -1 and write nothing. seen: int32 [B], tokens of each sequence before the step.
+What is remembered of slots is [P + 1, C] (cache.state): by page and place, index P for nobody. rows: int64 [B],
+distinct, -1 for padded places, which choose -1 and write nothing. seen: int32 [B], tokens of each sequence before the
+step.
 Without a backend's name, Triton runs on CUDA, the reference elsewhere; the kernels never wait for the device.
 
 All raise ValueError where a tensor does not fit the cache, or the backend asked for is unknown or cannot run.
@@ -83,9 +84,7 @@ def least_shared(
     _run(backend, layer).least_shared(layer, rows, weights, victim)
 
 
-def when_full(
-    layer: LayerPages, rows: Tensor, victim: Tensor, *, budget: int, backend: str | None = None
-) -> Tensor:
+def when_full(layer: LayerPages, rows: Tensor, victim: Tensor, *, budget: int, backend: str | None = None) -> Tensor:
     """int32 [B, H]: the row's victim (int64 [R + 1]) where a head holds `budget` slots or more; else -1."""
     return _run(backend, layer).when_full(layer, rows, victim, budget)
 

@@ -7,6 +7,8 @@ sequence, adds the heads up in order. `_when_full` and `_record` do little, for 
 # triton.jit's types know no launch options.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +34,7 @@ def least_important(
     if victims.numel():
         _least_important[grid](
             victims, weight, born, *_tables(layer), rows, seen, safe, layer.pages.shape[-1], budget,
-            **_shape(layer), C=layer.page_size, **_tiles(budget), **dependent(rows.device),
+            **_paged(layer), **_tiles(budget), **dependent(rows.device),
         )  # fmt: skip
     return victims
 
@@ -55,8 +57,9 @@ def at_random(
     victims, grid = _victims(layer, rows)
     if victims.numel():
         _at_random[grid](
-            victims, born, prompt.view(torch.uint8), prompt_tokens, samples, *_tables(layer), rows, seen, seed, layer_index, recent,
-            layer.pages.shape[-1], budget, **_shape(layer), C=layer.page_size, **_tiles(budget), **dependent(rows.device),
+            victims, born, prompt.view(torch.uint8), prompt_tokens, samples, *_tables(layer), rows, seen,
+            seed, layer_index, recent, layer.pages.shape[-1], budget,
+            **_paged(layer), **_tiles(budget), **dependent(rows.device),
         )  # fmt: skip
     return victims
 
@@ -96,7 +99,7 @@ def record(
             slots.contiguous(), born, born if weight is None else weight,
             born if prompt is None else prompt.view(torch.uint8),
             *_tables(layer), rows, seen, layer.pages.shape[-1], count,
-            **_shape(layer), C=layer.page_size, WEIGHT=weight is not None, PROMPT=prompt is not None, HEADS=HEADS,
+            **_paged(layer), WEIGHT=weight is not None, PROMPT=prompt is not None, HEADS=HEADS,
             num_warps=1, **dependent(rows.device),
         )  # fmt: skip
 
@@ -111,11 +114,15 @@ def _tables(layer: LayerPages) -> tuple[Tensor, Tensor]:
     return layer.pages.contiguous(), layer.lengths.contiguous()
 
 
-def _shape(layer: LayerPages) -> dict[str, int]:
+def _shape(layer: LayerPages) -> dict[str, Any]:
     return {"H": layer.lengths.shape[1], "FOLLOW": follow(layer.lengths.device)}
 
 
-def _tiles(slots: int) -> dict[str, int]:
+def _paged(layer: LayerPages) -> dict[str, Any]:
+    return {**_shape(layer), "C": layer.page_size}
+
+
+def _tiles(slots: int) -> dict[str, Any]:
     tile = min(triton.next_power_of_2(max(slots, 1)), TILE)
     return {"TILE": tile, "num_warps": min(max(tile // 256, 1), 16)}
 
@@ -149,7 +156,7 @@ def _least_important(
     head = tl.program_id(0)
     if FOLLOW:
         take_turn()
-    sequence, row, pair, length = _head(lengths, rows, head, H)
+    sequence, _, pair, length = _head(lengths, rows, head, H)
     if length < budget:
         tl.store(victims + head, -1)
         return
@@ -182,8 +189,8 @@ def _candidates(
 
 @triton.jit(do_not_specialize=[*FREE, "samples", "seed", "layer_index", "recent"])
 def _at_random(
-    victims, born, prompt, prompt_tokens, samples, pages, lengths, rows, seen, seed, layer_index, recent, columns, budget,
-    H: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, FOLLOW: tl.constexpr,
+    victims, born, prompt, prompt_tokens, samples, pages, lengths, rows, seen, seed, layer_index, recent, columns,
+    budget, H: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, FOLLOW: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     if FOLLOW:
