@@ -95,7 +95,6 @@ class Executor:
                     rows=rows,
                     scale=self._scales[layer],
                     most=most,
-                    samples=self.ragged.samples[rows],
                     state=self.ragged.state(layer),
                 )
                 finish_prompts(policy, prompt, self.ragged)

@@ -79,8 +79,6 @@ class Prompt:
     scale: float
     most: int
     """At least the slots that a head of these rows holds."""
-    samples: Tensor
-    """int64 [B]."""
     state: LayerState
 
     def one_each(self) -> Batch:
