@@ -9,7 +9,7 @@ from torch import Tensor
 from sparsekv.attend.layer import decode_layer, finish_prompts, prefill_layer
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.ops.layout import Batch
-from sparsekv.policies.base import Policy, Prompt, Reading, Step
+from sparsekv.policies.base import Policy, Prompt, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Executor:
 
         Raises PoolExhausted where the pool has too few pages (from kernels: never, see ops.place).
         """
-        policy, pages, rows = self.policies[layer], self.ragged.layer(layer), part.batch.rows
+        policy, pages = self.policies[layer], self.ragged.layer(layer)
         hidden, query, key, value = tokens
         decoding = part.batch.longest == 1
         most = part.most
@@ -82,16 +82,14 @@ class Executor:
             seen=part.seen,
             scale=scale,
             most=most,
-            samples=self.ragged.samples[rows],
+            samples=self.ragged.samples,
+            reads=None if self.reads is None else self.reads[:, layer],
             state=self.ragged.state(layer),
         )
         if not decoding:
             self._scales[layer] = scale
             return prefill_layer(policy, step, pages)
-        out, reading = decode_layer(policy, step, pages)
-        if self.reads is not None:
-            self._count(layer, rows, reading)
-        return out
+        return decode_layer(policy, step, pages)
 
     def finish_prompts(self, rows: Tensor, most: int) -> None:
         """The prompts of rows (int64 [n], distinct) are over, in all layers. most: at least the tokens of any."""
@@ -102,17 +100,6 @@ class Executor:
                     rows=rows,
                     scale=self._scales[layer],
                     most=most,
-                    samples=self.ragged.samples[rows],
                     state=self.ragged.state(layer),
                 )
                 finish_prompts(policy, prompt, self.ragged)
-
-    def _count(self, layer: int, rows: Tensor, reading: Reading | None) -> None:
-        """Rows of -1 count in the spare place."""
-        assert self.reads is not None
-        reads = self.reads[:, layer]
-        if reading is None:
-            reads[0, rows] += self.ragged.lengths[layer][rows]
-        else:
-            reads[0, rows] += reading.pages.lengths
-            reads[1, rows] += reading.bounds

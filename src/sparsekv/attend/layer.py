@@ -1,15 +1,14 @@
 """One layer of a forward over pages: the policy is asked, the operations run."""
 
-import torch
 from torch import Tensor
 
 from sparsekv.cache.prune import prune
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.ops.decode import decode
-from sparsekv.ops.layout import LayerPages, LinearMarks
+from sparsekv.ops.layout import LayerPages
 from sparsekv.ops.place import align_marks, place
 from sparsekv.ops.prefill import prefill
-from sparsekv.policies.base import Policy, Prompt, Reading, Step
+from sparsekv.policies.base import Policy, Prompt, Step
 
 
 def prefill_layer(policy: Policy, step: Step, pages: LayerPages) -> Tensor:
@@ -31,24 +30,26 @@ def prefill_layer(policy: Policy, step: Step, pages: LayerPages) -> Tensor:
     return out
 
 
-def decode_layer(policy: Policy, step: Step, pages: LayerPages) -> tuple[Tensor, Reading | None]:
-    """Place and attend one token per sequence: ([T, H * G, D], what was read if not all).
+def decode_layer(policy: Policy, step: Step, pages: LayerPages) -> Tensor:
+    """Place and attend one token per sequence: [T, H * G, D].
 
     Raises PoolExhausted where the pool has too few pages.
     """
     key, value = policy.store(step, pages)
     marks = policy.decode_marks(step)
-    if not isinstance(marks, LinearMarks):
+    if isinstance(marks, Tensor):
         marks = _aligned(policy, step, pages, marks)
     slots = policy.slots(step, pages)
     place(pages, step.batch, key, value, marks=marks, slots=slots)
     policy.placed(step, pages, slots)
-    reading, rows, view = policy.read(step, pages, slots), step.batch.rows, pages
-    if reading is not None:
-        rows, view = torch.arange(len(rows), device=rows.device), reading.pages
+    view, rows = policy.read(step, pages, slots), step.batch.starts[:-1]  # in a decode step 0 .. B - 1
+    if view is None:
+        view, rows = pages, step.batch.rows
+        if step.reads is not None:
+            step.reads[0, rows] += pages.lengths[rows]  # -1 counts in the spare place
     result = decode(view, rows, step.query, scale=step.scale, return_lse=policy.weighs)
     policy.observe(step, pages, result.lse)
-    return result.out, reading
+    return result.out
 
 
 def finish_prompts(policy: Policy, prompt: Prompt, cache: RaggedCache) -> None:

@@ -108,6 +108,18 @@ class LinearMarks:
         return torch.nn.functional.linear(self.hidden.float(), self.weight.float(), self.bias.float()) + self.offset > 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class LaterMarks:
+    """Marks that `place` computes itself in a decode step: all tokens but the first of each sequence."""
+
+    first: int
+    """How many are not marked."""
+
+    def marks(self, layer: LayerPages, rows: Tensor) -> Tensor:
+        """bool [B, H], of the next token of each row."""
+        return (layer.seen[rows] >= self.first)[:, None].expand(-1, layer.lengths.shape[1])
+
+
 def ring_positions(seen: Tensor, window: int) -> Tensor:
     """The position that each ring entry speaks of, negative where it speaks of none: seen [B] -> int32 [B, W]."""
     entry = torch.arange(window, device=seen.device, dtype=torch.int32)

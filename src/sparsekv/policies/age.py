@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache.state import LayerState, State
-from sparsekv.ops.layout import LayerPages, appended, slot_places, written
+from sparsekv.ops.layout import LayerPages, appended
 from sparsekv.policies.base import Step
 
 BORN = State(name="born", kind="slot", dtype=torch.int32, fill=-1)
@@ -15,11 +15,8 @@ def births(state: LayerState, at: Tensor) -> Tensor:
     return state.slot["born"].view(-1)[at]
 
 
-def record_births(step: Step, pages: LayerPages, slots: Tensor | None) -> Tensor:
-    """Note the step's tokens; returns where they lie: int64 [T, H], or [B, H] in a decode step."""
-    if step.decoding:
-        at = slot_places(pages, step.batch.rows, written(pages, step.batch.rows, slots))
-    else:
-        at = appended(pages, step.batch, step.key.shape[0])
+def record_births(step: Step, pages: LayerPages) -> Tensor:
+    """Note the tokens of a prefill; returns where they lie, int64 [T, H]. A decode step: ops.evict.record."""
+    at = appended(pages, step.batch, step.key.shape[0])
     step.state.slot["born"].view(-1)[at] = step.positions[:, None].expand_as(at)
     return at

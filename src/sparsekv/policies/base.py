@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache.state import HeadShape, LayerState, State
-from sparsekv.ops.layout import Batch, LayerPages, LinearMarks
+from sparsekv.ops.layout import Batch, LaterMarks, LayerPages, LinearMarks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,10 @@ class Step:
     most: int
     """At least the slots that a head of these rows holds after the step; known without asking the device."""
     samples: Tensor | None = None
-    """int64 [B]: which copy of its prompt a row is, 0 for nobody's copy."""
+    """int64 [R + 1], by row: which copy of its prompt it is, 0 for nobody's copy."""
+    reads: Tensor | None = None
+    """int64 [2, R + 1, H], by row: the account that a decode step adds to, if one is kept: tokens, and pages whose
+    bounds were read. A policy that reads less than all adds to it itself."""
     state: LayerState = field(default_factory=LayerState)
 
     @property
@@ -76,24 +79,12 @@ class Prompt:
     scale: float
     most: int
     """At least the slots that a head of these rows holds."""
-    samples: Tensor
-    """int64 [B]."""
     state: LayerState
 
     def one_each(self) -> Batch:
         """One query of each row."""
         starts = torch.arange(len(self.rows) + 1, dtype=torch.int32, device=self.rows.device)
         return Batch(rows=self.rows, starts=starts, longest=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What the queries of a decode step read."""
-
-    pages: LayerPages
-    """A view whose rows are the step's sequences, in order."""
-    bounds: Tensor
-    """int32 [B, H]: pages whose bounds were read to choose it."""
 
 
 class Policy:
@@ -161,7 +152,7 @@ class Policy:
         """bool [T, H]: which tokens are forgotten once they leave the window, by the position that decides (lag)."""
         return None
 
-    def decode_marks(self, step: Step) -> Tensor | LinearMarks | None:
+    def decode_marks(self, step: Step) -> Tensor | LinearMarks | LaterMarks | None:
         """As marks, for a decode step; a policy without lag may leave the arithmetic to the kernel that places."""
         return self.marks(step)
 
@@ -172,8 +163,9 @@ class Policy:
     def placed(self, step: Step, pages: LayerPages, slots: Tensor | None) -> None:
         """The step's tokens have been stored; slots: as chosen. See ops.layout.written and appended for where."""
 
-    def read(self, step: Step, pages: LayerPages, slots: Tensor | None) -> Reading | None:
-        """What a decoded query reads; None for all. slots: as chosen for the step's token."""
+    def read(self, step: Step, pages: LayerPages, slots: Tensor | None) -> LayerPages | None:
+        """What a decoded query reads: a view whose rows are the step's sequences, in order, with step.reads brought up
+        to date; None for all. slots: as chosen for the step's token."""
         return None
 
     def observe(self, step: Step, pages: LayerPages, lse: Tensor | None) -> None:

@@ -36,13 +36,9 @@ class BudgetPolicy(Policy):
     def appends(self, pages: LayerPages) -> Tensor:
         return pages.lengths < self.budget
 
-    def slots(self, step: Step, pages: LayerPages) -> Tensor:
-        full = pages.lengths[step.batch.rows] >= self.budget
-        return torch.where(full, self.victims(step, pages), -1).int()
-
     @abstractmethod
-    def victims(self, step: Step, pages: LayerPages) -> Tensor:
-        """int64 [B, H]: the slot that the decoded token takes where the budget is full."""
+    def slots(self, step: Step, pages: LayerPages) -> Tensor:
+        """int32 [B, H]: the slot that the decoded token takes where the budget is full, -1 elsewhere (ops.evict)."""
 
 
 def check_budget(name: str, budget: int, *, least: int) -> None:

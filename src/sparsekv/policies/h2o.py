@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache.state import HeadShape, State
+from sparsekv.ops.evict import least_important, record
 from sparsekv.ops.layout import LayerPages, held_slots
 from sparsekv.ops.weigh import weigh
 from sparsekv.policies.age import BORN, births, record_births
 from sparsekv.policies.base import Prompt, Step
-from sparsekv.policies.budget import BudgetPolicy, keep_most, least_of
+from sparsekv.policies.budget import BudgetPolicy, keep_most
 
 
 class H2OPolicy(BudgetPolicy):
@@ -25,28 +26,26 @@ class H2OPolicy(BudgetPolicy):
     def state(self, shape: HeadShape) -> list[State]:
         return [BORN, State(name="weight", kind="slot", dtype=shape.wide)]
 
-    def victims(self, step: Step, pages: LayerPages) -> Tensor:
-        at, live = held_slots(pages, step.batch.rows, self.budget)
-        old = births(step.state, at) <= step.seen[:, None, None] - self.budget // 2
-        return least_of(_weights(step.state.slot, at), live & old)
+    def slots(self, step: Step, pages: LayerPages) -> Tensor:
+        slot, safe = step.state.slot, self.budget // 2
+        options = {"seen": step.seen, "safe": safe, "budget": self.budget}
+        return least_important(pages, step.batch.rows, slot["weight"], slot["born"], **options)
 
     def placed(self, step: Step, pages: LayerPages, slots: Tensor | None) -> None:
-        new = record_births(step, pages, slots)
-        weights = step.state.slot["weight"].view(-1)
-        weights[new] = torch.zeros_like(new, dtype=weights.dtype)
+        slot = step.state.slot
+        if step.decoding:
+            assert slots is not None
+            record(pages, step.batch.rows, slots, slot["born"], seen=step.seen, weight=slot["weight"])
+            return
+        new = record_births(step, pages)
+        slot["weight"].view(-1)[new] = torch.zeros_like(new, dtype=slot["weight"].dtype)
 
     def observe(self, step: Step, pages: LayerPages, lse: Tensor | None) -> None:
-        added = weigh(pages, step.batch, step.query, scale=step.scale, longest=step.most, lse=lse)
-        at, _ = held_slots(pages, step.batch.rows, step.most)
-        weights = step.state.slot["weight"].view(-1)
-        weights[at] += added[..., : at.shape[-1]]
+        options = {"scale": step.scale, "longest": step.most, "lse": lse, "into": step.state.slot["weight"]}
+        weigh(pages, step.batch, step.query, **options)
 
     def finish_prompt(self, prompt: Prompt, pages: LayerPages) -> Tensor:
         at, live = held_slots(pages, prompt.rows, prompt.most)
         seen = pages.seen[prompt.rows][:, None, None]
         newest = births(prompt.state, at) >= seen - self.budget // 2
-        return keep_most(_weights(prompt.state.slot, at), live, newest, budget=self.budget)
-
-
-def _weights(slot: dict[str, Tensor], at: Tensor) -> Tensor:
-    return slot["weight"].view(-1)[at]
+        return keep_most(prompt.state.slot["weight"].view(-1)[at], live, newest, budget=self.budget)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sparsekv.cache.state import HeadShape, State
 from sparsekv.ops.bounds import refresh, refresh_written, select
-from sparsekv.ops.layout import LayerPages, written
-from sparsekv.policies.base import Policy, Reading, Step
+from sparsekv.ops.layout import LayerPages
+from sparsekv.policies.base import Policy, Step
 from sparsekv.policies.budget import check_budget
 from sparsekv.policies.dms import DMSPolicy
 
@@ -48,10 +48,10 @@ class QuestPolicy(Policy):
         return [bounds_state(shape)]
 
     def placed(self, step: Step, pages: LayerPages, slots: Tensor | None) -> None:
-        keep_bounds(step, pages, slots)
+        keep_bounds(step, pages)
 
-    def read(self, step: Step, pages: LayerPages, slots: Tensor | None) -> Reading | None:
-        return best_pages(step, pages, slots, count=self.count)
+    def read(self, step: Step, pages: LayerPages, slots: Tensor | None) -> LayerPages | None:
+        return best_pages(step, pages, count=self.count)
 
 
 class DMSQuestPolicy(DMSPolicy):
@@ -73,10 +73,10 @@ class DMSQuestPolicy(DMSPolicy):
         return [bounds_state(shape)]
 
     def placed(self, step: Step, pages: LayerPages, slots: Tensor | None) -> None:
-        keep_bounds(step, pages, slots)
+        keep_bounds(step, pages)
 
-    def read(self, step: Step, pages: LayerPages, slots: Tensor | None) -> Reading | None:
-        return best_pages(step, pages, slots, count=self.count)
+    def read(self, step: Step, pages: LayerPages, slots: Tensor | None) -> LayerPages | None:
+        return best_pages(step, pages, count=self.count)
 
 
 def pages_of(name: str, budget: int, page_size: int) -> int:
@@ -91,22 +91,19 @@ def bounds_state(shape: HeadShape) -> State:
     return State(name="bounds", kind="page", shape=(2, shape.dim), dtype=shape.dtype)
 
 
-def keep_bounds(step: Step, pages: LayerPages, slots: Tensor | None) -> None:
-    """Bounds of the pages that the step wrote to."""
+def keep_bounds(step: Step, pages: LayerPages) -> None:
+    """Bounds of the pages that the step wrote to, by the ring rule."""
     rows, bounds = step.batch.rows, step.state.page["bounds"]
     if step.layer < DENSE_LAYERS:
         return
     if step.decoding:
-        refresh_written(pages, rows, written(pages, rows, slots).int(), bounds)
+        refresh_written(pages, rows, None, bounds)
     else:
         refresh(pages, rows, bounds, longest=step.most)
 
 
-def best_pages(step: Step, pages: LayerPages, slots: Tensor | None, *, count: int) -> Reading | None:
+def best_pages(step: Step, pages: LayerPages, *, count: int) -> LayerPages | None:
     if step.layer < DENSE_LAYERS:
         return None
-    rows, bounds = step.batch.rows, step.state.page["bounds"]
-    newest = written(pages, rows, slots).int()
-    view = select(pages, rows, step.query, bounds, count=count, written=newest, longest=step.most)
-    held = -(-pages.lengths[rows] // pages.page_size)
-    return Reading(pages=view, bounds=held * (rows >= 0)[:, None])
+    options = {"count": count, "written": None, "longest": step.most, "reads": step.reads}
+    return select(pages, step.batch.rows, step.query, step.state.page["bounds"], **options)

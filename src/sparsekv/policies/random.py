@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache.state import HeadShape, State
+from sparsekv.ops.evict import at_random, record
 from sparsekv.ops.layout import LayerPages, held_slots
 from sparsekv.ops.noise import uniform
 from sparsekv.policies.age import BORN, births, record_births
@@ -39,42 +40,45 @@ class RandomPolicy(BudgetPolicy):
         prompt = State(name="prompt", kind="slot", dtype=torch.bool)
         return [BORN, prompt, State(name="prompt_tokens", kind="row", dtype=torch.int32)]
 
-    def victims(self, step: Step, pages: LayerPages) -> Tensor:
+    def slots(self, step: Step, pages: LayerPages) -> Tensor:
         assert step.samples is not None
-        at, live = held_slots(pages, step.batch.rows, self.budget)
-        old = births(step.state, at) <= step.seen[:, None, None] - self.recent
-        rows = step.batch.rows
-        candidates = live & old & ~(self._of_prompt(step.state.slot, at) & self._fits(step.state.row, rows))
-        drawn = self._draw(step.layer, step.samples, step.seen[:, None, None], pages)[..., 0]
-        order = candidates.cumsum(-1)
-        chosen = (drawn * order[..., -1]).long()
-        return (order <= chosen[..., None]).sum(-1).clamp(max=at.shape[-1] - 1)
+        slot, tokens = step.state.slot, step.state.row["prompt_tokens"]
+        return at_random(
+            pages,
+            step.batch.rows,
+            slot["born"],
+            slot["prompt"],
+            tokens,
+            seen=step.seen,
+            samples=step.samples,
+            seed=self.seed,
+            layer_index=step.layer,
+            recent=self.recent,
+            budget=self.budget,
+        )
 
     def placed(self, step: Step, pages: LayerPages, slots: Tensor | None) -> None:
-        new = record_births(step, pages, slots)
-        step.state.slot["prompt"].view(-1)[new] = torch.full_like(new, not step.decoding, dtype=torch.bool)
-        if not step.decoding:
-            tokens = step.state.row["prompt_tokens"]
-            tokens[step.batch.rows] += step.batch.counts
+        slot = step.state.slot
+        if step.decoding:
+            assert slots is not None
+            record(pages, step.batch.rows, slots, slot["born"], seen=step.seen, prompt=slot["prompt"])
+            return
+        new = record_births(step, pages)
+        slot["prompt"].view(-1)[new] = torch.ones_like(new, dtype=torch.bool)
+        tokens = step.state.row["prompt_tokens"]
+        tokens[step.batch.rows] += step.batch.counts
 
     def finish_prompt(self, prompt: Prompt, pages: LayerPages) -> Tensor:
         at, live = held_slots(pages, prompt.rows, prompt.most)
         born = births(prompt.state, at)
         safe = born >= pages.seen[prompt.rows][:, None, None] - self.recent
-        safe |= self._of_prompt(prompt.state.slot, at) & self._fits(prompt.state.row, prompt.rows)
-        drawn = self._draw(prompt.layer, torch.zeros_like(prompt.samples), born, pages)
-        return keep_most(drawn, live, safe, budget=self.budget)
+        fits = prompt.state.row["prompt_tokens"][prompt.rows] + self.recent <= self.budget
+        safe |= prompt.state.slot["prompt"].view(-1)[at] & fits[:, None, None]
+        return keep_most(self._draw(prompt.layer, born), live, safe, budget=self.budget)
 
-    def _of_prompt(self, slot: dict[str, Tensor], at: Tensor) -> Tensor:
-        return slot["prompt"].view(-1)[at]
-
-    def _fits(self, row: dict[str, Tensor], rows: Tensor) -> Tensor:
-        """bool [B, 1, 1]: whether prompt and recent window fit in the budget."""
-        return (row["prompt_tokens"][rows] + self.recent <= self.budget)[:, None, None]
-
-    def _draw(self, layer: int, samples: Tensor, positions: Tensor, pages: LayerPages) -> Tensor:
-        """float64 [B, H, n]; positions: [B, 1 or H, n]."""
-        seed = torch.full((), self.seed, device=samples.device)
-        layer_ = torch.full((), layer, device=samples.device)
-        head = torch.arange(pages.lengths.shape[1], device=samples.device)[:, None]
-        return uniform(seed, samples[:, None, None], layer_, head, positions.long())
+    def _draw(self, layer: int, positions: Tensor) -> Tensor:
+        """float64 [B, H, n]: of prompt tokens at positions int [B, H, n]; copies share their prompt, so sample 0."""
+        device = positions.device
+        seed, sample, layer_ = (torch.full((), key, device=device) for key in (self.seed, 0, layer))
+        head = torch.arange(positions.shape[1], device=device)[:, None]
+        return uniform(seed, sample, layer_, head, positions.long())

@@ -6,6 +6,7 @@ non-sink. A sliding-window layer of a model is the same with no sinks.
 
 from torch import Tensor
 
+from sparsekv.ops.layout import LaterMarks
 from sparsekv.policies.base import Policy, Step
 
 
@@ -33,6 +34,9 @@ class StreamingPolicy(Policy):
 
     def marks(self, step: Step) -> Tensor:
         return (step.positions >= self.sinks)[:, None].expand(-1, step.key.shape[1])
+
+    def decode_marks(self, step: Step) -> LaterMarks:
+        return LaterMarks(first=self.sinks)
 
 
 class SlidingWindowPolicy(StreamingPolicy):

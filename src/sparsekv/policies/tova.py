@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache.state import HeadShape, State
-from sparsekv.ops.layout import Batch, LayerPages
+from sparsekv.ops.evict import least_shared, when_full
+from sparsekv.ops.layout import LayerPages
 from sparsekv.ops.weigh import weigh
 from sparsekv.policies.base import Prompt, Step
 from sparsekv.policies.budget import BudgetPolicy, keep_most, least_of
@@ -28,15 +29,14 @@ class TOVAPolicy(BudgetPolicy):
             State(name="victim", kind="row", dtype=torch.int64),
         ]
 
-    def victims(self, step: Step, pages: LayerPages) -> Tensor:
-        victim = step.state.row["victim"][step.batch.rows]
-        return victim[:, None].expand(-1, pages.lengths.shape[1])
+    def slots(self, step: Step, pages: LayerPages) -> Tensor:
+        return when_full(pages, step.batch.rows, step.state.row["victim"], budget=self.budget)
 
     def observe(self, step: Step, pages: LayerPages, lse: Tensor | None) -> None:
         rows, state = step.batch.rows, step.state.row
         if step.decoding:
-            importance = _importance(pages, step.batch, step.query, scale=step.scale, longest=step.most, lse=lse)
-            state["victim"][rows] = least_of(importance, _live(pages, rows, importance))
+            weights = weigh(pages, step.batch, step.query, scale=step.scale, longest=step.most, lse=lse)
+            least_shared(pages, rows, weights, state["victim"])
             return
         last = (step.batch.starts[1:].long() - 1).clamp(min=0)
         some = (step.batch.counts > 0)[:, None, None]
@@ -45,20 +45,10 @@ class TOVAPolicy(BudgetPolicy):
     def finish_prompt(self, prompt: Prompt, pages: LayerPages) -> Tensor:
         rows, state = prompt.rows, prompt.state.row
         query = state["query"][rows]
-        importance = _importance(pages, prompt.one_each(), query, scale=prompt.scale, longest=prompt.most)
-        keep = keep_most(importance, _live(pages, rows, importance), None, budget=self.budget)
+        # The sum over all query heads orders slots as the mean does.
+        importance = weigh(pages, prompt.one_each(), query, scale=prompt.scale, longest=prompt.most).sum(1)
+        live = torch.arange(importance.shape[-1], device=rows.device) < pages.lengths[rows, :1]
+        keep = keep_most(importance, live, None, budget=self.budget)
         victim = least_of(importance, keep)
         state["victim"][rows] = keep.cumsum(-1).gather(-1, victim[:, None])[:, 0] - 1
         return keep[:, None].expand(-1, pages.lengths.shape[1], -1)
-
-
-def _importance(
-    pages: LayerPages, batch: Batch, query: Tensor, *, scale: float, longest: int, lse: Tensor | None = None
-) -> Tensor:
-    """[B, W]: the sum over all query heads, which orders slots as the mean does."""
-    return weigh(pages, batch, query, scale=scale, longest=longest, lse=lse).sum(1)
-
-
-def _live(pages: LayerPages, rows: Tensor, importance: Tensor) -> Tensor:
-    slot = torch.arange(importance.shape[-1], device=rows.device)
-    return slot < pages.lengths[rows, :1]

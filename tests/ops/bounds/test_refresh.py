@@ -68,6 +68,21 @@ def test_written_page_alone_is_recomputed(backend, data):
 
 
 @BACKENDS
+def test_the_slot_that_the_ring_rule_took(backend):
+    """The newest where nothing is overwritten, else the one that the ring names for the last token."""
+    layer, rows = paged(LENGTHS), torch.tensor(PADDED_ROWS, device=DEVICE)
+    ring = torch.randint(0, 6, (4, 2, 3), dtype=torch.int32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ringed = dataclasses.replace(layer, ring=ring)  # seen is 100 and more
+    named = ring[torch.arange(4), :, (layer.seen.long() - 1) % 3] >> 1
+    for held, slots in ((layer, layer.lengths - 1), (ringed, named)):
+        got, want = unset(layer), unset(layer)
+        refresh_written(held, rows, None, got, backend=backend)
+        refresh_written(held, rows, slots[rows], want, backend="reference")
+        assert same(got, want)
+        assert not want.isnan().all()
+
+
+@BACKENDS
 def test_a_slot_that_is_not_held_writes_nothing(backend):
     """Where the pool ran out, the token was not placed."""
     layer = paged([[8, 5]])

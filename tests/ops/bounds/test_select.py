@@ -118,6 +118,36 @@ def test_any_lengths_and_any_written_slot(backend, lengths, count, group, spare,
     check_view(layer, rows, q, view, count=count, written=written)
 
 
+@BACKENDS
+@pytest.mark.parametrize("window", [0, 3])
+def test_the_written_slot_is_found_by_the_ring_rule(backend, window):
+    layer, rows = paged(LENGTHS, whole=True), torch.tensor([2, 0, 3, 1], device=DEVICE)
+    ring = torch.full((4, 2, window), 9 << 1 | 1, dtype=torch.int32, device=DEVICE)
+    ring[:, :, :1] = 3 << 1
+    layer = dataclasses.replace(layer, ring=ring, seen=torch.tensor([7, 8, 9, 10], dtype=torch.int32, device=DEVICE))
+    written = last_slots(layer, rows) if window == 0 else torch.tensor([[9, 9], [3, 3], [3, 3], [9, 9]], device=DEVICE)
+    q, options = queries(layer, 2, 4, whole=True), {"count": 2, "longest": 64, "backend": backend}
+    got, want = (select(layer, rows, q, bounds_of(layer), written=slots, **options) for slots in (None, written))
+    live = torch.arange(2, device=DEVICE) * 8 < want.lengths[..., None]
+    assert torch.equal(got.lengths, want.lengths)
+    assert torch.equal(got.pages[live], want.pages[live])
+
+
+@BACKENDS
+def test_reads_are_counted_by_row(backend):
+    """Added to what is there, in a part of a larger account; rows that are not of the call, and padded ones, stay."""
+    layer, rows = paged(LENGTHS, whole=True), torch.tensor([2, -1, 3, 0], device=DEVICE)
+    account = torch.full((2, 3, 5, 2), 100, device=DEVICE)
+    q, options = queries(layer, 2, 4, whole=True), {"count": 3, "longest": 64, "backend": backend}
+    view = select(layer, rows, q, bounds_of(layer), written=None, reads=account[:, 1], **options)
+    want = account.new_full(account.shape, 100)
+    for b, row in enumerate(rows.tolist()):
+        if row >= 0:
+            want[0, 1, row] += view.lengths[b]
+            want[1, 1, row] += -(-layer.lengths[row] // 8)
+    assert torch.equal(account, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernel_errs_only_within_rounding(dtype):
     """Random scores in float32, of keys and queries of any type: pages change places only where they all but tie."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsekv.ops.layout import Batch, LayerPages, LinearMarks, batch_of, ring_positions
+from sparsekv.ops.layout import Batch, LaterMarks, LayerPages, LinearMarks, batch_of, ring_positions
 from sparsekv.ops.place import place
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,6 +147,19 @@ def test_marks_made_in_the_kernel(hidden_size):
         twins.place(decode_batch([1, 2, 0]), marks=marks)
     chunk = torch.randn(9, hidden_size, generator=generator).to(DEVICE)
     twins.place(batch_of(torch.tensor([0, 1], device=DEVICE), [4, 5]), marks=dataclasses.replace(marks, hidden=chunk))
+
+
+def test_all_tokens_but_the_first_are_marked_in_the_kernel():
+    """Rows of different ages: the same as marks by position."""
+    twins, given_ = Twins(window=2), Twins(window=2)
+    twins.place(batch_of(torch.tensor([1], device=DEVICE), [2]))
+    given_.place(batch_of(torch.tensor([1], device=DEVICE), [2]))
+    for _ in range(6):
+        marks = (given_.got.seen[[1, 0]] >= 3)[:, None].expand(-1, HEADS)
+        twins.place(decode_batch([1, 0]), marks=LaterMarks(first=3))
+        given_.place(decode_batch([1, 0]), marks=marks)
+        check_equal(twins.got, given_.got)
+    assert twins.got.lengths[:2].eq(5).all()
 
 
 @pytest.mark.parametrize("window", [0, 3])

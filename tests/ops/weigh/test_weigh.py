@@ -166,6 +166,26 @@ def test_attention_hands_over_its_log_sum_exp(backend):
         assert torch.allclose(weigh(layer, batch, q, lse=lse, **options), weigh(layer, batch, q, **options), atol=1e-5)
 
 
+@pytest.mark.parametrize("counts", [[5, 1, 20], [1, 1, 1]])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_are_added_to_what_is_remembered(backend, counts):
+    """To the slots that the rows hold, up to the longest asked for, and to no others."""
+    layer = paged(LENGTHS)
+    batch, q = packed(layer, counts, 2)
+    batch = dataclasses.replace(batch, rows=batch.rows.where(batch.rows != 1, -1))
+    options = {"scale": 0.5, "longest": 100, "backend": backend}
+    state = torch.rand(len(layer.kv) + 1, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    sums, want = weigh(layer, batch, q, **options), state.clone()
+    for b, row in enumerate(batch.rows.tolist()):
+        for h, length in enumerate(layer.lengths[row].tolist() if row >= 0 else []):
+            for slot in range(min(length, 100)):
+                want[layer.pages[row, h, slot // 16], slot % 16] += sums[b, h, slot]
+    assert weigh(layer, batch, q, into=state, **options) is state
+    assert torch.equal(state, want)
+    with pytest.raises(ValueError, match=r"into is \(2, 16\); this cache needs"):
+        weigh(layer, batch, q, into=state[:2], **options)
+
+
 def test_strided_queries():
     layer = paged(LENGTHS)
     batch, q = packed(layer, COUNTS, 2)

@@ -40,11 +40,12 @@ def refresh(layer: LayerPages, rows: Tensor, bounds: Tensor, *, longest: int, ba
 
 
 def refresh_written(
-    layer: LayerPages, rows: Tensor, slots: Tensor, bounds: Tensor, *, backend: str | None = None
+    layer: LayerPages, rows: Tensor, slots: Tensor | None, bounds: Tensor, *, backend: str | None = None
 ) -> None:
     """Recompute the bounds of the one page per head that holds slots int32 [B, H], after a decode step's `place`.
 
-    A slot of -1, or one that the head does not hold, writes nothing. Else as `refresh`.
+    None for the slots that `place` took by the ring rule (ops.layout.written). A slot of -1, or one that the head does
+    not hold, writes nothing. Else as `refresh`.
     """
     _check_bounds(layer, bounds)
     if _backend(backend, layer) == "triton":
@@ -62,16 +63,21 @@ def select(
     bounds: Tensor,
     *,
     count: int,
-    written: Tensor,
+    written: Tensor | None,
     longest: int,
+    reads: Tensor | None = None,
     backend: str | None = None,
 ) -> LayerPages:
     """The pages that q [B, H * G, D] reads, as a layer whose rows are the places 0 .. B - 1 of the call.
 
     A head with at most `count` pages keeps them all. Else it keeps the page of slot `written` int32 [B, H] (-1: none is
-    sure) and those of the others with the highest bounds, `count` in all; of equal bounds the lower page-table column.
-    Bounds are summed in float32, float64 where q or the keys are. Columns stay in order, so that a partial last page
-    stays last. `longest`, `bounds` and `backend` as in `refresh`; the kernels read no length on the host.
+    sure; None: as for `refresh_written`) and those of the others with the highest bounds, `count` in all; of equal
+    bounds the lower page-table column. Bounds are summed in float32, float64 where q or the keys are. Columns stay in
+    order, so that a partial last page stays last. `longest`, `bounds` and `backend` as in `refresh`; the kernels read
+    no length on the host.
+
+    reads: int64 [2, R + 1, H], an account by row to which the call adds the tokens of the pages that it chose, and the
+    pages whose bounds it may have read, all that a head holds; it may be a part of a larger tensor.
 
     The result shares kv, free list and tickets with the layer. Its page table is int32 [B, H, count], undefined beyond
     a head's pages; its lengths are int32 [B, H], 0 for a row of -1; it has no ring. Read it by `decode` alone.
@@ -88,9 +94,9 @@ def select(
     if _backend(backend, layer, q) == "triton":
         from sparsekv.ops.bounds import triton
 
-        pages, lengths, seen = triton.select(layer, rows, q, bounds, count, written, longest)
+        pages, lengths, seen = triton.select(layer, rows, q, bounds, count, written, longest, reads)
     else:
-        pages, lengths, seen = reference.select(layer, rows, q, bounds, count, written, longest)
+        pages, lengths, seen = reference.select(layer, rows, q, bounds, count, written, longest, reads)
     tickets = layer.tickets  # zero between calls: the first B serve the view, if there are so many
     return dataclasses.replace(
         layer,

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsekv.ops.layout import LayerPages
+from sparsekv.ops.layout import written as last_written
 
 
 def refresh(layer: LayerPages, rows: Tensor, bounds: Tensor, longest: int) -> None:
@@ -15,8 +16,10 @@ def refresh(layer: LayerPages, rows: Tensor, bounds: Tensor, longest: int) -> No
     _write(layer, layer.pages[rows, :, : len(column)][live > 0], live[live > 0], bounds)
 
 
-def refresh_written(layer: LayerPages, rows: Tensor, slots: Tensor, bounds: Tensor) -> None:
+def refresh_written(layer: LayerPages, rows: Tensor, slots: Tensor | None, bounds: Tensor) -> None:
     """See api.refresh_written."""
+    if slots is None:
+        slots = last_written(layer, rows, None)
     column = slots // layer.page_size
     live = layer.lengths[rows] - column * layer.page_size  # [B, H]
     b, h = ((rows >= 0)[:, None] & (slots >= 0) & (live > 0)).nonzero(as_tuple=True)
@@ -24,9 +27,18 @@ def refresh_written(layer: LayerPages, rows: Tensor, slots: Tensor, bounds: Tens
 
 
 def select(
-    layer: LayerPages, rows: Tensor, q: Tensor, bounds: Tensor, count: int, written: Tensor, longest: int
+    layer: LayerPages,
+    rows: Tensor,
+    q: Tensor,
+    bounds: Tensor,
+    count: int,
+    written: Tensor | None,
+    longest: int,
+    reads: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See api.select: page table, lengths and tokens seen."""
+    if written is None:
+        written = last_written(layer, rows, None)
     size, real = layer.page_size, rows >= 0
     table = layer.pages[rows, :, : _width(layer, longest)]  # [B, H, N]
     length = torch.where(real[:, None], layer.lengths[rows], 0)[..., None]  # [B, H, 1]
@@ -38,6 +50,9 @@ def select(
     order = torch.sort(score, dim=-1, descending=True, stable=True).indices
     best = order[..., :count].sort(-1).values
     tokens = (length - best.int() * size).clamp(0, size).sum(-1, dtype=torch.int32)
+    if reads is not None:
+        reads[0, rows[real]] += tokens[real]
+        reads[1, rows[real]] += held.sum(-1)[real]
     pages = pad(table.gather(-1, best), (0, count - best.shape[-1]))
     return pages, tokens, torch.where(real, layer.seen[rows], 0)
 

@@ -4,8 +4,8 @@
 tile of pages), reads two vectors a page and writes its bound: max(q low, q high) is q high where q > 0 and q low
 elsewhere, so that a tile's bounds under all queries of the group are two matrix products. `_select`, a program per
 (sequence, head), holds all scores of its head at once. Float32 as an integer in the order of its values has 32 bits:
-the count-th largest is found exactly, bit by bit from the highest, by counting the scores that are not below. What is
-above it is read, and of what equals it the first columns.
+the count-th largest is found exactly, two bits at a time from the highest, by counting the scores that are not below.
+What is above it is read, and of what equals it the first columns.
 
 `_select` alone is compiled for a number of pages, the next power of two.
 """
@@ -40,16 +40,23 @@ def obstacle(layer: LayerPages, *queries: Tensor) -> str | None:
 
 def refresh(layer: LayerPages, rows: Tensor, bounds: Tensor, longest: int) -> None:
     """See api.refresh."""
-    _launch_refresh(layer, rows, None, bounds, _width(layer, longest))
+    _launch_refresh(layer, rows, None, bounds, _width(layer, longest), written="all")
 
 
-def refresh_written(layer: LayerPages, rows: Tensor, slots: Tensor, bounds: Tensor) -> None:
+def refresh_written(layer: LayerPages, rows: Tensor, slots: Tensor | None, bounds: Tensor) -> None:
     """See api.refresh_written."""
-    _launch_refresh(layer, rows, slots.contiguous(), bounds, 1)
+    _launch_refresh(layer, rows, slots, bounds, 1, written="newest" if slots is None else "given")
 
 
 def select(
-    layer: LayerPages, rows: Tensor, q: Tensor, bounds: Tensor, count: int, written: Tensor, longest: int
+    layer: LayerPages,
+    rows: Tensor,
+    q: Tensor,
+    bounds: Tensor,
+    count: int,
+    written: Tensor | None,
+    longest: int,
+    reads: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See api.select: page table, lengths and tokens seen."""
     (batch, _, dim), (kv_heads, columns) = q.shape, layer.pages.shape[1:]
@@ -58,6 +65,7 @@ def select(
     out = torch.empty(batch, kv_heads, count, **like), torch.empty(batch, kv_heads, **like), torch.empty(batch, **like)
     if heads == 0:
         return out
+    assert reads is None or reads[0].is_contiguous(), "reads are counted in place: each half must be contiguous"
     pages, lengths = layer.pages.contiguous(), layer.lengths.contiguous()
     scores = torch.empty(heads, width, dtype=torch.float32, device=q.device)
     shape = {"H": kv_heads, "C": layer.page_size, "FOLLOW": follow(q.device)}
@@ -72,8 +80,11 @@ def select(
         )  # fmt: skip
     block = triton.next_power_of_2(max(width, 1))
     _select[(heads,)](
-        scores, pages, lengths, rows, layer.seen, written.contiguous(), *out, columns, width, count,
-        **shape, BLOCK=block, num_warps=min(max(block // 256, 4), 16), **dependent(q.device),
+        scores, pages, lengths, rows, layer.seen, layer.ring.contiguous(),
+        rows if written is None else written.contiguous(), *out,
+        rows if reads is None else reads, columns, layer.window, width, count, 0 if reads is None else reads.stride(0),
+        **shape, BLOCK=block, NEWEST=written is None, COUNT=reads is not None,
+        num_warps=min(max(block // 256, 4), 16), **dependent(q.device),
     )  # fmt: skip
     return out
 
@@ -83,17 +94,20 @@ def _width(layer: LayerPages, longest: int) -> int:
     return min(-(-longest // layer.page_size), layer.pages.shape[-1])
 
 
-def _launch_refresh(layer: LayerPages, rows: Tensor, slots: Tensor | None, bounds: Tensor, width: int) -> None:
-    """All of the first `width` pages of each head, or the one that holds its slot."""
+def _launch_refresh(
+    layer: LayerPages, rows: Tensor, slots: Tensor | None, bounds: Tensor, width: int, *, written: str
+) -> None:
+    """All of the first `width` pages of each head, or the one that holds its slot or the newest."""
     assert bounds.is_contiguous(), "bounds are written in place: they must be contiguous"
     (heads, columns), dim, size = layer.pages.shape[1:], layer.kv.shape[-1], layer.page_size
     if width == 0 or rows.shape[0] == 0:
         return
     padded = triton.next_power_of_2(dim)
     _refresh[(width, rows.shape[0] * heads)](
-        layer.kv, layer.pages.contiguous(), layer.lengths.contiguous(), rows, rows if slots is None else slots,
-        bounds, columns, H=heads, D=dim, DP=padded, C=size, BLOCK=max(1, min(size, 4096 // padded)),
-        WRITTEN=slots is not None, FOLLOW=follow(rows.device), num_warps=4, **dependent(rows.device),
+        layer.kv, layer.pages.contiguous(), layer.lengths.contiguous(), rows, layer.seen, layer.ring.contiguous(),
+        rows if slots is None else slots.contiguous(), bounds, columns, layer.window,
+        H=heads, D=dim, DP=padded, C=size, BLOCK=max(1, min(size, 4096 // padded)),
+        WRITTEN=written, FOLLOW=follow(rows.device), num_warps=4, **dependent(rows.device),
     )  # fmt: skip
 
 
@@ -104,9 +118,19 @@ def _length(lengths, rows, head, H: tl.constexpr):
     return row, tl.load(lengths + row * H + head % H, mask=row >= 0, other=0)
 
 
-@triton.jit(do_not_specialize=[*FREE, "slots"])
+@triton.jit
+def _newest(seen, ring, row, pair, length, window):
+    """The slot that the last decode step of a row >= 0 took by the ring rule: ops.layout.written."""
+    slot = length - 1
+    if window > 0:
+        entry = tl.maximum(tl.load(seen + row) - 1, 0) % window
+        slot = tl.load(ring + pair * window + entry) >> 1
+    return slot
+
+
+@triton.jit(do_not_specialize=[*FREE, "seen", "ring", "slots", "window"])
 def _refresh(
-    kv, pages, lengths, rows, slots, bounds, columns,
+    kv, pages, lengths, rows, seen, ring, slots, bounds, columns, window,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
     WRITTEN: tl.constexpr, FOLLOW: tl.constexpr,
 ):  # fmt: skip
@@ -114,8 +138,13 @@ def _refresh(
     if FOLLOW:
         take_turn()
     row, length = _length(lengths, rows, head, H)
-    if WRITTEN:
-        slot = tl.load(slots + head)
+    if length == 0:
+        return
+    if WRITTEN != "all":
+        if WRITTEN == "newest":
+            slot = _newest(seen, ring, row, row * H + head % H, length, window)
+        else:
+            slot = tl.load(slots + head)
         column = tl.where(slot >= 0, slot // C, columns)
     live = tl.minimum(length - column * C, C)
     if (live <= 0) | (column >= columns):
@@ -173,22 +202,33 @@ def _ordered(x):
 def _highest(key, count):
     """int32, 1 for the `count` largest of distinct places of key uint32 [N], of equals the first."""
     least = tl.full([], 0, tl.uint32)  # the largest number that at least `count` keys are not below
-    bit = tl.full([], 0x80000000, tl.uint32)
-    for _ in range(32):
-        enough = tl.sum((key >= (least | bit)).to(tl.int32)) >= count
-        least = tl.where(enough, least | bit, least)
-        bit = bit >> 1
+    one = tl.full([], 1 << 30, tl.uint32)
+    for _ in range(16):  # two bits at a time: three counts, each below 2**21, are summed as one number
+        a, b, c = least + one, least + 2 * one, least + 3 * one
+        counts = tl.sum(
+            (key >= a).to(tl.int64) + ((key >= b).to(tl.int64) << 21) + ((key >= c).to(tl.int64) << 42)
+        )  # fmt: skip
+        above_a, above_b, above_c = counts & 0x1FFFFF, (counts >> 21) & 0x1FFFFF, counts >> 42
+        least = tl.where(above_c >= count, c, tl.where(above_b >= count, b, tl.where(above_a >= count, a, least)))
+        one = one >> 2
     above, equal = (key > least).to(tl.int32), (key == least).to(tl.int32)
     room = count - tl.sum(above)
     return above | (equal & (tl.cumsum(equal, 0) <= room).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=[*FREE, "scores", "seen", "written", "table", "tokens", "seen_by", "width", "count"])
+@triton.jit(
+    do_not_specialize=[
+        *FREE, "scores", "seen", "ring", "written", "table", "tokens", "seen_by", "reads", "window", "width", "count",
+        "stride",
+    ]
+)  # fmt: skip
 def _select(
-    scores, pages, lengths, rows, seen, written, table, tokens, seen_by, columns, width, count,
-    H: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, FOLLOW: tl.constexpr,
+    scores, pages, lengths, rows, seen, ring, written, table, tokens, seen_by, reads, columns, window, width, count,
+    stride, H: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, NEWEST: tl.constexpr, COUNT: tl.constexpr,
+    FOLLOW: tl.constexpr,
 ):  # fmt: skip
-    """table [B, H, count], tokens [B, H], seen_by [B]: the view's page table, lengths and tokens seen."""
+    """table [B, H, count], tokens [B, H], seen_by [B]: the view's page table, lengths and tokens seen; stride: between
+    the two halves of reads."""
     head = tl.program_id(0).to(tl.int64)
     if FOLLOW:
         take_turn()
@@ -200,9 +240,17 @@ def _select(
     chosen = (column < held).to(tl.int32)
     if held > count:
         key = _ordered(tl.load(scores + head * width + column, mask=column < held, other=0.0))
-        slot = tl.load(written + head)
+        if NEWEST:
+            slot = _newest(seen, ring, row, row * H + head % H, length, window)
+        else:
+            slot = tl.load(written + head)
         key = tl.where((slot >= 0) & (column == slot // C), 0xFFFFFFFF, key)
         chosen = _highest(tl.where(column < held, key, 0), count)
     page = tl.load(pages + (row * H + head % H) * columns + column, mask=chosen == 1, other=0)
     tl.store(table + head * count + tl.cumsum(chosen, 0) - 1, page, mask=chosen == 1)
-    tl.store(tokens + head, tl.sum(tl.where(chosen == 1, tl.minimum(length - column * C, C), 0)))
+    total = tl.sum(tl.where(chosen == 1, tl.minimum(length - column * C, C), 0))
+    tl.store(tokens + head, total)
+    if COUNT:
+        at = reads + row * H + head % H
+        tl.store(at, tl.load(at, mask=row >= 0, other=0) + total, mask=row >= 0)
+        tl.store(at + stride, tl.load(at + stride, mask=row >= 0, other=0) + held, mask=row >= 0)

@@ -45,7 +45,7 @@ def decode(
     backend: str | None = None,
     config: DecodeConfig | None = None,
 ) -> Decoded:
-    """Attend from q [B, H * G, D] over the slots of rows int64 [B]; 0 where a head holds nothing or the row is -1.
+    """Attend from q [B, H * G, D] over the slots of rows int64 or int32 [B]; 0 where nothing is held or a row is -1.
 
     longest: N, how many slots of each head `weights` covers; those beyond are left out. None: the longest head
     (reference), or all that the page tables can hold, M * C, since the kernel never asks the device for lengths.

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsekv.ops.noise_triton import mix, unit
+
 BLOCK, WARPS = 8192, 16
 LOW_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 """Of the 32 bits of a float32, how many are zero in each type."""
@@ -21,9 +23,6 @@ LOW_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _NOTHING: tl.constexpr = tl.constexpr(-2139095041)
 """The key of minus infinity."""
-_GAMMA: tl.constexpr = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
-_FIRST: tl.constexpr = tl.constexpr(0xBF58476D1CE4E5B9 - 2**64)
-_SECOND: tl.constexpr = tl.constexpr(0x94D049BB133111EB - 2**64)
 
 
 def draw(
@@ -46,15 +45,6 @@ def draw(
             FILTERS=filters is not None, SHIFT=LOW_BITS[logits.dtype], BLOCK=block, num_warps=WARPS,
         )  # fmt: skip
     return tokens
-
-
-@triton.jit
-def _mix(x):
-    """SplitMix64: ops.noise.mix."""
-    z = x + _GAMMA
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * _FIRST
-    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * _SECOND
-    return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
 @triton.jit
@@ -225,7 +215,6 @@ def _draw(
                 equals = tl.where(low == floor, tl.minimum(few, equals), few)
             if equals < vocab:
                 last = _last_equal(logits, vocab, low, equals, SHIFT, BLOCK)
-        z = _mix(_mix(_mix(tl.load(seed + row)) + tl.load(sample + row)) + tl.load(position + row))
-        u = ((z >> 12) & 0xFFFFFFFFFFFFF).to(tl.float64) * 2.0**-52
+        u = unit(mix(mix(mix(tl.load(seed + row)) + tl.load(sample + row)) + tl.load(position + row)))
         token = _pick(logits, vocab, best, token, inverse, low, last, u, SHIFT, BLOCK)
     tl.store(tokens + row, token.to(tl.int64))

@@ -7,7 +7,7 @@ stored, survivors are written compactly, oldest first.
 
 from torch import Tensor
 
-from sparsekv.ops.layout import Batch, LayerPages, LinearMarks, check_backend
+from sparsekv.ops.layout import Batch, LaterMarks, LayerPages, LinearMarks, check_backend
 from sparsekv.ops.place import reference
 from sparsekv.ops.place.reference import align_marks
 
@@ -22,14 +22,14 @@ def place(
     k: Tensor,
     v: Tensor,
     *,
-    marks: Tensor | LinearMarks | None = None,
+    marks: Tensor | LinearMarks | LaterMarks | None = None,
     slots: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Store T tokens and advance `seen`, `lengths`, `ring`, page tables and the free list, in place.
 
     k, v: [T, H, D], keys after RoPE. marks: bool [T, H], True = forget after the window; None marks nothing;
-    LinearMarks has the kernel of a decode step compute them.
+    LinearMarks and LaterMarks (a decode step only) have the kernel of a decode step compute them.
     slots: int32 [B, H], decode only: the slot to overwrite, -1 to append; overrides the ring rule.
 
     Without a backend's name, Triton runs on CUDA, the reference elsewhere. The kernels never wait for the device, so
@@ -50,15 +50,17 @@ def place(
             if single:
                 triton.place_one(layer, batch.rows, k, v, marks, slots)
             else:
-                triton.place_many(layer, batch, k, v, _computed(marks))
+                triton.place_many(layer, batch, k, v, _computed(layer, batch, marks))
             return
         if backend == "triton":
             raise ValueError(f"backend 'triton' {obstacle}; use 'reference'")
     if single:
-        reference.place_one(layer, batch.rows, k, v, _computed(marks), slots)
+        reference.place_one(layer, batch.rows, k, v, _computed(layer, batch, marks), slots)
     else:
-        reference.place_many(layer, batch, k, v, _computed(marks))
+        reference.place_many(layer, batch, k, v, _computed(layer, batch, marks))
 
 
-def _computed(marks: Tensor | LinearMarks | None) -> Tensor | None:
+def _computed(layer: LayerPages, batch: Batch, marks: Tensor | LinearMarks | LaterMarks | None) -> Tensor | None:
+    if isinstance(marks, LaterMarks):
+        return marks.marks(layer, batch.rows)
     return marks.marks() if isinstance(marks, LinearMarks) else marks

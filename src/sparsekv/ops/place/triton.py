@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsekv.ops.launch import dependent, follow, take_turn
-from sparsekv.ops.layout import Batch, LayerPages, LinearMarks
+from sparsekv.ops.layout import Batch, LaterMarks, LayerPages, LinearMarks
 
 SEEN_BITS = 24
 COUNT = tl.constexpr(1 << SEEN_BITS)
@@ -42,21 +42,28 @@ def obstacle(layer: LayerPages) -> str | None:
 
 
 def place_one(
-    layer: LayerPages, rows: Tensor, k: Tensor, v: Tensor, marks: Tensor | LinearMarks | None, slots: Tensor | None
+    layer: LayerPages,
+    rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    marks: Tensor | LinearMarks | LaterMarks | None,
+    slots: Tensor | None,
 ) -> None:
     """One token for each of rows [B], -1 for none: k, v [B, H, D]; marks bool [B, H]; slots int32 [B, H] or None."""
     batch, heads, dim = k.shape
     k, v = _inner_contiguous(k), _inner_contiguous(v)
     linear = isinstance(marks, LinearMarks)
+    given = isinstance(marks, Tensor)
+    kind = "linear" if linear else "given" if given else "none" if marks is None else "later"
     size = marks.hidden.shape[1] if linear else 1
     inputs = (marks.hidden.contiguous(), marks.weight.contiguous(), marks.bias, marks.offset) if linear else (k,) * 4
     _place_one[(batch, heads)](
-        *_tensors(layer), rows, k, v, k if marks is None or linear else marks.contiguous(),
+        *_tensors(layer), rows, k, v, marks.contiguous() if given else k,
         k if slots is None else slots.contiguous(), *inputs,
         k.stride(0), v.stride(0), layer.pages.shape[-1], layer.window, size,
+        marks.first if isinstance(marks, LaterMarks) else 0,
         H=heads, D=dim, DP=triton.next_power_of_2(dim), C=layer.page_size, EP=min(triton.next_power_of_2(size), 4096),
-        MARKS="linear" if linear else "none" if marks is None else "given", SLOTS=slots is not None,
-        FOLLOW=follow(k.device), num_warps=4, **dependent(k.device),
+        MARKS=kind, SLOTS=slots is not None, FOLLOW=follow(k.device), num_warps=4, **dependent(k.device),
     )  # fmt: skip
 
 
@@ -123,10 +130,10 @@ def _linear_mark(hidden, weight, bias, offset, token, head, size, EP: tl.constex
     return (z > 0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=[*FREE, "marks", "slots"])
+@triton.jit(do_not_specialize=[*FREE, "marks", "slots", "unmarked"])
 def _place_one(
     kv, pages, lengths, ring, seen, free, free_count, rows, k, v, marks, slots, hidden, weight, bias, offset,
-    k_stride, v_stride, columns, window, size,
+    k_stride, v_stride, columns, window, size, unmarked,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, EP: tl.constexpr,
     MARKS: tl.constexpr, SLOTS: tl.constexpr, FOLLOW: tl.constexpr,
 ):  # fmt: skip
@@ -149,6 +156,8 @@ def _place_one(
     else:
         mark = 0
     position = _advance(seen, row, 1, H)
+    if MARKS == "later":
+        mark = (position >= unmarked).to(tl.int32)
 
     slot = length
     entry = ring + pair * window

@@ -22,6 +22,7 @@ def weigh(
     scale: float,
     longest: int,
     lse: Tensor | None = None,
+    into: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Sum the attention weights of each row's last queries, by slot.
@@ -31,6 +32,8 @@ def weigh(
     longest: N, how many slots of each head are wanted; those beyond are left out.
     lse: float32 (float64 for float64 queries) [T, H * G]: log-sum-exp of each query's scores, as `decode` and `prefill`
     return it. None: computed here, in one more pass over the keys.
+    into: what is remembered of slots, [P + 1, C] of the type below (cache.state): the sums are added there instead, in
+    place, and it is what is returned. A fork must not share the pages.
 
     Returns float32 (float64 for float64 queries) [B, H, N], 0 beyond a head's length and for rows of -1. From exp(score
     - lse), so with a relative error of float32's epsilon times |lse|.
@@ -50,12 +53,15 @@ def weigh(
         )
     if layer.window:
         raise ValueError("weigh needs a layer without a ring: build the cache with a policy whose window is 0")
+    if into is not None and (into.shape != (layer.kv.shape[0] + 1, layer.page_size) or not into.is_contiguous()):
+        expected = (layer.kv.shape[0] + 1, layer.page_size)
+        raise ValueError(f"into is {tuple(into.shape)}; this cache needs {expected}, contiguous")
     if check_backend(backend, q.device, BACKENDS) == "triton":
         from sparsekv.ops.weigh import triton
 
         obstacle = triton.obstacle(layer, q)
         if obstacle is None:
-            return triton.weigh(layer, batch, q, scale, longest, lse)
+            return triton.weigh(layer, batch, q, scale, longest, lse, into)
         if backend == "triton":
             raise ValueError(f"backend 'triton' {obstacle}; use 'reference'")
-    return reference.weigh(layer, batch, q, scale, longest, lse)
+    return reference.weigh(layer, batch, q, scale, longest, lse, into)

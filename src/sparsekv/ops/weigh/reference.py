@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from sparsekv.ops.layout import Batch, LayerPages
+from sparsekv.ops.layout import Batch, LayerPages, held_slots
 
 BLOCK = 256
 
 
-def weigh(layer: LayerPages, batch: Batch, q: Tensor, scale: float, longest: int, lse: Tensor | None) -> Tensor:
+def weigh(
+    layer: LayerPages, batch: Batch, q: Tensor, scale: float, longest: int, lse: Tensor | None, into: Tensor | None
+) -> Tensor:
     """See api.weigh."""
     heads = layer.lengths.shape[1]
     work = torch.promote_types(q.dtype, torch.float32)
@@ -25,7 +27,11 @@ def weigh(layer: LayerPages, batch: Batch, q: Tensor, scale: float, longest: int
             keys = layer.kv[:, 0].index_select(0, table).flatten(0, 1)[:length].to(work)
             column = _columns(grouped[tokens, h].to(work) * scale, keys, None if norm is None else norm[tokens, h])
             sums[b, h, :length] = column[:longest]
-    return sums
+    if into is None:
+        return sums
+    at, live = held_slots(layer, batch.rows, longest)
+    into.view(-1)[at[live]] += sums[..., : at.shape[-1]][live]
+    return into
 
 
 def _columns(q: Tensor, keys: Tensor, lse: Tensor | None) -> Tensor:

@@ -33,13 +33,17 @@ def cut(dim: int, dtype: torch.dtype) -> tuple[int, int]:
     return min(max(16384 // dim, 16), 128), min(max(8192 // dim, 16), 64)
 
 
-def weigh(layer: LayerPages, batch: Batch, q: Tensor, scale: float, longest: int, lse: Tensor | None) -> Tensor:
+def weigh(
+    layer: LayerPages, batch: Batch, q: Tensor, scale: float, longest: int, lse: Tensor | None, into: Tensor | None
+) -> Tensor:
     """See api.weigh."""
     kv_heads, columns = layer.pages.shape[1:]
     group, dim = q.shape[1] // kv_heads, layer.kv.shape[-1]
     pairs = len(batch.rows) * kv_heads
-    sums = torch.empty(len(batch.rows), kv_heads, longest, dtype=torch.float32, device=q.device)
-    if sums.numel() == 0:
+    sums = into
+    if sums is None:
+        sums = torch.empty(len(batch.rows), kv_heads, longest, dtype=torch.float32, device=q.device)
+    if pairs == 0 or longest == 0:
         return sums
     padded = max(1 << (dim - 1).bit_length(), 16)
     slots, rows = cut(padded, torch.promote_types(q.dtype, layer.kv.dtype))
@@ -65,6 +69,7 @@ def weigh(layer: LayerPages, batch: Batch, q: Tensor, scale: float, longest: int
             tiles = triton.cdiv(batch.longest * group, shape["ROWS"])
             if tiles:
                 _log_sum_exp[(pairs, tiles)](lse, q, *stored, scale, columns, **shape, **launch)
+        shape["INTO"] = into is not None
         _weigh[(pairs, triton.cdiv(longest, slots))](
             sums, q, *stored, lse.contiguous(), scale, longest, columns, **shape, **launch
         )
@@ -123,23 +128,30 @@ def _columns(
 def _weigh(
     sums, q, kv, pages, lengths, rows, starts, lse, scale, longest, columns,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
-    SLOTS: tl.constexpr, ROWS: tl.constexpr, SINGLE: tl.constexpr, FOLLOW: tl.constexpr,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, SINGLE: tl.constexpr, FOLLOW: tl.constexpr, INTO: tl.constexpr,
 ):  # fmt: skip
+    """INTO: sums is [P + 1, C] and is added to, each slot by one program; else [B, H, longest]."""
     if FOLLOW:
         take_turn()
     base = tl.program_id(1) * SLOTS
     slot = base + tl.arange(0, SLOTS)
     row, length, start, count = _pair(lengths, rows, starts, H, SINGLE)
+    table = pages + (row * H + tl.program_id(0) % H) * columns
     total = tl.zeros([SLOTS], tl.float32)
     if base < length:
-        key = _keys(kv, pages + (row * H + tl.program_id(0) % H) * columns, slot, length, D, DP, C, DOT)
+        key = _keys(kv, table, slot, length, D, DP, C, DOT)
         behind = length - count
         if SINGLE:
             total += _columns(key, slot, q, lse, 0, start, count, behind, scale, H, G, D, DP, DOT, ROWS)
         else:
             for first in range(tl.maximum(base - behind, 0) * G, count * G, ROWS):
                 total += _columns(key, slot, q, lse, first, start, count, behind, scale, H, G, D, DP, DOT, ROWS)
-    tl.store(sums + tl.program_id(0).to(tl.int64) * longest + slot, total, mask=slot < longest)
+    if INTO:
+        live = slot < tl.minimum(length, longest)
+        at = sums + tl.load(table + slot // C, mask=live, other=0).to(tl.int64) * C + slot % C
+        tl.store(at, tl.load(at, mask=live, other=0.0) + total, mask=live)
+    else:
+        tl.store(sums + tl.program_id(0).to(tl.int64) * longest + slot, total, mask=slot < longest)
 
 
 @triton.jit(do_not_specialize=["pages", "lengths", "rows", "starts", "scale", "columns"])
