@@ -39,7 +39,10 @@ def _origin(lines: Sequence[Line]) -> str:
     def listed(key: str) -> str:
         return ", ".join(sorted({str(line[key]) for line in lines}))
 
-    return f"{listed('model')}, {listed('hardware')}, torch {listed('torch')}, commit {listed('commit')}, seed {listed('seed')}."
+    return (
+        f"{listed('model')}, {listed('hardware')}, torch {listed('torch')}, commit {listed('commit')}, "
+        f"seed {listed('seed')}."
+    )
 
 
 def _name(line: Line) -> str:
