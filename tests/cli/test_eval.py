@@ -85,7 +85,7 @@ def test_every_trained_policy_is_measured_with_an_adapter(evaluate, adapter, pol
 
 def test_retrieval_tasks_have_depths_and_both_kinds_of_answers(evaluate) -> None:
     tasks = "unseen,look-up,multi-needle,variable-tracking"
-    words = ("--policy", "streaming", "--budget", 64, "--tasks", tasks, "--contexts", 512, "--items", 2)
+    words = ("--policy", "streaming", "--budget", 64, "--tasks", tasks, "--contexts", 512, "--items", 1)
     for answers in ("forced", "generated"):
         record = evaluate(*words, "--answers", answers)
         assert len(record["rows"]) == 8
@@ -133,6 +133,31 @@ def test_bad_options_are_one_sentence(run, folder, words, message) -> None:
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.startswith("Error: ") and len(outcome.err.strip().splitlines()) == 1
     assert message in outcome.err
+
+
+def test_the_harness_s_tasks_run_beside_ours(evaluate, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # runs pip for seconds
+    documents = [{"question": "The river turns slowly and the ship sails", "answer": 0}] * 2
+    (tmp_path / "documents.json").write_text(json.dumps(documents))
+    task = {
+        "task": "mine",
+        "output_type": "multiple_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "documents.json")}, "cache_dir": str(tmp_path)},
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": [" river", " mountain"],
+        "doc_to_target": "answer",
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(task))
+    tasks = f"passkey,{tmp_path / 'mine.yaml'}"
+    record = evaluate("--policy", "tova", "--cr", 2, "--tasks", tasks, "--contexts", 256, "--items", 1)
+    assert [(row["task"], row["policy"]) for row in record["rows"]] == [
+        ("pass key", "dense"),
+        ("pass key", "tova"),
+        ("mine", "dense"),
+        ("mine", "tova"),
+    ]
 
 
 @pytest.mark.slow
