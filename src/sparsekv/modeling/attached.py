@@ -30,7 +30,7 @@ class AttachedLayer:
     attachment: "Attachment"
     hidden: Tensor | None = None
     """What the policy decides from, in the forward under way: the layer's input [B, S, hidden_size] or, with a neuron
-    source, the logits [B, S, kv_heads] that it read."""
+    source, what it read: the logits [B, S, kv_heads], or for DMC a packed dmc.BeforeRope."""
     cache: "PagedCache | None" = None
     neuron: NeuronSource | None = None
 

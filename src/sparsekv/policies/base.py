@@ -39,7 +39,7 @@ class Step:
     batch: Batch
     hidden: Tensor
     """[T, hidden_size]: the attention layer's input, after its input norm; with a neuron source what was read off the
-    queries and keys before RoPE, [T, kv_heads, ...]."""
+    queries and keys before RoPE: logits [T, kv_heads], or for DMC a packed dmc.BeforeRope."""
     query: Tensor
     """[T, H * G, D], after RoPE."""
     key: Tensor

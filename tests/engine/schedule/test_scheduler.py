@@ -106,7 +106,7 @@ class _Device:
         step = self.flight.pop(0)
         self.read_back.update(step.samples)
         self.scheduler.ledger.settle(self.lengths.copy(), self.free)
-        self.scheduler.observe_ratio()
+        self.scheduler.observe_ratio(self.lengths.sum((0, 2)))
         return [s for s in step.samples if self.read_back[s] == s.request.most_new]
 
     def act(self, action: SwapIn | SwapOut) -> None:
@@ -213,7 +213,7 @@ def test_nothing_but_a_step_may_follow_a_step_in_flight() -> None:
 
 
 def test_the_ledger_bounds_what_is_taken() -> None:
-    ledger = Ledger(layers=1, rows=2, kv_heads=2, page_size=4, pages=20, caps=[10])
+    ledger = Ledger(caps=_caps(10, 10, layers=1), rows=2, kv_heads=2, page_size=4, pages=20)
     ledger.refresh(np.array([[[3, 4], [0, 9]]], dtype=np.int32), 15)
     assert ledger.growth([0], 1) == 1
     assert ledger.growth([0], 2) == 2
