@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsekv.engine import LLM, SamplingParams
 from sparsekv.evals.methods.intervals import Estimate, bootstrap, share
 from sparsekv.evals.methods.rows import Row, Usage, make_row
-from sparsekv.evals.methods.setting import Setting, budget_of
+from sparsekv.evals.methods.setting import Setting, budget_of, policy_of
 from sparsekv.evals.methods.steps import needs_steps, walk
 from sparsekv.modeling import contexts
 from sparsekv.modeling.attach import attachment_of
@@ -68,9 +68,7 @@ class SparseLM(TemplateLM):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.setting = Setting(
-            policy=policy or ("dense" if adapter is None else "dms"), adapter=adapter, cr=cr, budget=budget
-        )
+        self.setting = Setting(policy=policy or policy_of(adapter), adapter=adapter, cr=cr, budget=budget)
         if isinstance(pretrained, str):
             self.model, tokenizer = load_model(pretrained, device=device, dtype=dtype)
             self.setting.attach(self.model)
