@@ -7,6 +7,7 @@ import pytest
 
 import sparsekv
 from helpers import random_heads, tiny_model
+from sparsekv.dms import NeuronSource
 from sparsekv.modeling.adapter import AdapterConfig, base_shape, save_adapter
 from sparsekv.modeling.load import load_model
 from sparsekv.policies.registry import describe, policy_names
@@ -16,17 +17,27 @@ UNTRAINED = [name for name in policy_names() if not describe(name).needs_trainin
 
 
 @pytest.fixture(scope="session")
-def adapter(folder, tmp_path_factory):
-    """Heads of window 4 for the tiny model, at whose largest offset nearly everything is forgotten."""
-    model, _ = load_model(str(folder))
-    sparsekv.attach(model, policy="dms", window=4)
-    random_heads(model)
-    out = tmp_path_factory.mktemp("eval") / "adapter"
-    config = AdapterConfig(
-        base_model_name_or_path="tiny", base_shape=base_shape(model), window=4, offsets=[(-2.0, 1.2), (3.0, 8.0)]
-    )
-    save_adapter(model, out, config)
-    return out
+def adapter_for(folder, tmp_path_factory):
+    """Random parameters for the tiny model, at whose largest offset nearly everything is forgotten, or merged."""
+
+    def write(policy):
+        model, _ = load_model(str(folder))
+        options = {"neuron": NeuronSource(scale=2.0, offset=0.0)} if policy == "dmc" else {"window": 4}
+        sparsekv.attach(model, policy="dmc" if policy == "dmc" else "dms", **options)
+        if policy != "dmc":
+            random_heads(model)
+        config = AdapterConfig(
+            base_model_name_or_path="tiny",
+            base_shape=base_shape(model),
+            window=4,
+            offsets=[(-2.0, 1.2), (3.0, 8.0)],
+            **({"policy": "dmc", "source": "neuron", "lag": 1, **options} if policy == "dmc" else {}),
+        )
+        out = tmp_path_factory.mktemp("eval") / "adapter"
+        save_adapter(model, out, config)
+        return out
+
+    return write
 
 
 @pytest.fixture(scope="session")
@@ -74,9 +85,9 @@ def test_every_untrained_policy_is_measured_at_its_budget(evaluate, deep, policy
 
 
 @pytest.mark.parametrize("policy", [name for name in policy_names() if describe(name).needs_training])
-def test_every_trained_policy_is_measured_with_an_adapter(evaluate, adapter, policy) -> None:
+def test_every_trained_policy_is_measured_with_an_adapter(evaluate, adapter_for, policy) -> None:
     budget = ("--budget", 64) if describe(policy).budget else ()
-    words = ("--policy", policy, "--adapter", adapter, "--cr", 2, "--cr", 4, *budget)
+    words = ("--policy", policy, "--adapter", adapter_for(policy), "--cr", 2, "--cr", 4, *budget)
     record = evaluate(*words, "--tasks", "perplexity", *SMALL)
     rows = [row for row in record["rows"] if row["policy"] == policy]
     assert [row["cr"] for row in rows] == [2, 4]
@@ -85,7 +96,7 @@ def test_every_trained_policy_is_measured_with_an_adapter(evaluate, adapter, pol
 
 def test_retrieval_tasks_have_depths_and_both_kinds_of_answers(evaluate) -> None:
     tasks = "unseen,look-up,multi-needle,variable-tracking"
-    words = ("--policy", "streaming", "--budget", 64, "--tasks", tasks, "--contexts", 512, "--items", 2)
+    words = ("--policy", "streaming", "--budget", 64, "--tasks", tasks, "--contexts", 512, "--items", 1)
     for answers in ("forced", "generated"):
         record = evaluate(*words, "--answers", answers)
         assert len(record["rows"]) == 8
@@ -135,13 +146,37 @@ def test_bad_options_are_one_sentence(run, folder, words, message) -> None:
     assert message in outcome.err
 
 
+def test_the_harness_s_tasks_run_beside_ours(evaluate, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # runs pip for seconds
+    documents = [{"question": "The river turns slowly and the ship sails", "answer": 0}] * 2
+    (tmp_path / "documents.json").write_text(json.dumps(documents))
+    task = {
+        "task": "mine",
+        "output_type": "multiple_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "documents.json")}, "cache_dir": str(tmp_path)},
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": [" river", " mountain"],
+        "doc_to_target": "answer",
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(task))
+    tasks = f"passkey,{tmp_path / 'mine.yaml'}"
+    record = evaluate("--policy", "tova", "--cr", 2, "--tasks", tasks, "--contexts", 256, "--items", 1)
+    assert [(row["task"], row["policy"]) for row in record["rows"]] == [
+        ("pass key", "dense"),
+        ("pass key", "tova"),
+        ("mine", "dense"),
+        ("mine", "tova"),
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["tova", "random"])
-def test_the_embedded_model_is_measured(run, policy) -> None:
-    words = ("eval", "smollm2-135m", "--policy", policy, "--cr", 4, "--tasks", "passkey,perplexity")
-    outcome = run(*words, "--length", 256, "--contexts", 512, "--items", 2, "--batch", 2, "--json")
+def test_the_embedded_model_is_measured(run) -> None:
+    words = ("eval", "smollm2-135m", "--policy", "tova", "--cr", 4, "--tasks", "passkey,perplexity")
+    outcome = run(*words, "--rows", 1, "--length", 128, "--contexts", 256, "--items", 1, "--json")
     assert outcome.code == 0, outcome.err
-    dense, ours = (rows_of(json.loads(outcome.out), name) for name in ("dense", policy))
+    dense, ours = (rows_of(json.loads(outcome.out), name) for name in ("dense", "tova"))
     assert dense["pass key"]["scores"]["accuracy"]["value"] == 1
-    assert dense["perplexity"]["scores"]["perplexity"]["value"] < 40
+    assert dense["perplexity"]["scores"]["perplexity"]["value"] < 60
     assert ours["perplexity"]["ratio"] > 3.5

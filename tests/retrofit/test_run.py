@@ -218,9 +218,9 @@ def test_the_commands(configure: Configure, tmp_path: Path) -> None:
     results = json.loads(call("eval", *shared, "--cr", "2", "--items", "1", "--contexts", "256"))
     assert (results["adapter"], results["settings"]["seed"]) == (output, 0)
     assert results.keys() >= {"commit", "hardware", "torch"}
-    scores = results["scores"]
-    assert scores[0]["asked"] == 2
-    assert scores[0]["ratio"] == pytest.approx(2, rel=0.15)
+    row = next(row for row in results["rows"] if row["policy"] == "dms")
+    assert (row["task"], row["cr"]) == ("perplexity", 2)
+    assert row["ratio"] == pytest.approx(2, rel=0.15)
     bad = runner.invoke(app, ["retrofit", str(tmp_path / "run.yaml"), "--set", "window=0"])
     assert bad.exit_code == 2
 

@@ -58,13 +58,13 @@ def setting_of(
 
     Raises ValueError for a choice that cannot be had.
     """
-    from sparsekv.evals.methods.setting import Setting
+    from sparsekv.evals.methods.setting import Setting, policy_of
     from sparsekv.policies.registry import describe
 
     if adapter is None and policy is None and (cr is not None or budget is not None):
         given = "--cr" if cr is not None else "--budget"
         raise ValueError(f"{given} needs a method: pass --adapter, or --policy (see `sparsekv policies`)")
-    policy = policy or ("dense" if adapter is None else "dms")
+    policy = policy or policy_of(adapter)
     given_options = dict(_option(text) for text in options or [])
     if seed is not None and "seed" in describe(policy).options:
         given_options = {"seed": seed} | given_options

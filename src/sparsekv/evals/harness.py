@@ -8,6 +8,7 @@ the longest of them.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsekv.engine import LLM, SamplingParams
 from sparsekv.evals.methods.intervals import Estimate, bootstrap, share
 from sparsekv.evals.methods.rows import Row, Usage, make_row
-from sparsekv.evals.methods.setting import Setting, budget_of
+from sparsekv.evals.methods.setting import Setting, budget_of, policy_of
 from sparsekv.evals.methods.steps import needs_steps, walk
 from sparsekv.modeling import contexts
 from sparsekv.modeling.attach import attachment_of
@@ -67,9 +68,7 @@ class SparseLM(TemplateLM):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.setting = Setting(
-            policy=policy or ("dense" if adapter is None else "dms"), adapter=adapter, cr=cr, budget=budget
-        )
+        self.setting = Setting(policy=policy or policy_of(adapter), adapter=adapter, cr=cr, budget=budget)
         if isinstance(pretrained, str):
             self.model, tokenizer = load_model(pretrained, device=device, dtype=dtype)
             self.setting.attach(self.model)
@@ -173,6 +172,12 @@ class SparseLM(TemplateLM):
             yield policy
 
 
+@cache
+def _manager(include_defaults: bool) -> TaskManager:
+    """Making one with the harness's own tasks reads thousands of files."""
+    return TaskManager(include_defaults=include_defaults)
+
+
 def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     """By name the harness's tasks: those that a name stands for, or the one that a YAML file describes.
 
@@ -182,7 +187,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     specs: list[Any] = [name for name in names if name not in files]
     try:
         specs += [load_yaml(name, resolve_func=True) for name in files]
-        return TaskManager(include_defaults=len(files) < len(names)).load(specs)["tasks"]
+        return _manager(len(files) < len(names)).load(specs)["tasks"]
     except (KeyError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot load the tasks {', '.join(names)} of lm-evaluation-harness: {reason}") from None
@@ -207,7 +212,9 @@ def measure_tasks(
         for name, task in load_tasks(tasks).items():
             lm = make(model, tokenizer=tokenizer, batch_size=batch, seed=seed)
             lm.setting = setting
-            found = run(lm, tasks=[task], limit=limit, bootstrap_iters=0, random_seed=seed)
+            found = run(
+                lm, tasks=[task], limit=limit, bootstrap_iters=0, random_seed=seed, task_manager=_manager(False)
+            )
             scores = _scores(found["results"][name], found["samples"][name])
             about = {"task": name, "length": None, "scores": scores}
             rows.append(make_row(setting, lm.usage, budget=lm.budget, seed=seed, **about))

@@ -22,8 +22,11 @@ from sparsekv.policies.dms import DMSPolicy
 
 
 class DMCPolicy(DMSPolicy):
-    """sources: per layer, a function from hidden, a packed dmc.BeforeRope, to logits float32 [T, kv_heads]; None where
-    the layer is not governed. reach: tokens that a mean reaches back in training."""
+    """Each head learned which tokens it can merge into the newest one it holds, as a weighted mean.
+
+    sources: per layer, a function from hidden, a packed dmc.BeforeRope, to logits float32 [T, kv_heads]; None where
+    the layer is not governed. reach: tokens that a mean reaches back in training.
+    """
 
     name = "dmc"
 

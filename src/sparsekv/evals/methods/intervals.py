@@ -43,7 +43,8 @@ def wilson(right: int, count: int) -> Estimate:
     """Of `right` in `count` > 0."""
     middle, spread = right + Z**2 / 2, Z * math.sqrt(right * (count - right) / count + Z**2 / 4)
     low, high = ((middle + sign * spread) / (count + Z**2) for sign in (-1, 1))
-    return Estimate(value=right / count, low=max(low, 0.0), high=min(high, 1.0), interval="wilson")
+    low, high = 0.0 if right == 0 else low, 1.0 if right == count else high  # exactly, whatever the rounding
+    return Estimate(value=right / count, low=low, high=high, interval="wilson")
 
 
 def bootstrap(

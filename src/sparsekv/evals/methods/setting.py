@@ -96,6 +96,11 @@ class Setting:
         return make_policy(options.pop("policy"), **options)
 
 
+def policy_of(adapter: str | None) -> str:
+    """The policy that an adapter was trained for; dense without one. Raises ValueError where there is none."""
+    return "dense" if adapter is None else read_adapter(adapter)[0].policy
+
+
 def budget_of(policy: Policy) -> int | None:
     """Tokens that it may hold, or Quest may read; None where there is no such bound."""
     return getattr(policy, "budget", None)
