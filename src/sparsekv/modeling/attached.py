@@ -1,5 +1,6 @@
 """What attach() leaves on each attention module: which policy governs it, and the forward it is in."""
 
+import threading
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,18 @@ ATTACHMENT = "sparsekv_attachment"
 """The attribute of an attached model that holds its Attachment."""
 
 
+class Call(threading.local):
+    """What a layer's hooks leave for its attention function: a forward runs in one thread, and each has its own."""
+
+    hidden: Tensor | None = None
+    """What the policy decides from: the layer's input [B, S, hidden_size] or, with a neuron source, the logits
+    [B, S, kv_heads] that it read."""
+    cache: "PagedCache | None" = None
+
+    def __reduce__(self) -> tuple[type["Call"], tuple[()]]:
+        return Call, ()  # a copied or pickled model is in no forward
+
+
 @dataclass(kw_only=True)
 class AttachedLayer:
     """One attention layer of an attached model."""
@@ -28,10 +41,7 @@ class AttachedLayer:
     layer: int
     policy: Policy
     attachment: "Attachment"
-    hidden: Tensor | None = None
-    """What the policy decides from, in the forward under way: the layer's input [B, S, hidden_size] or, with a neuron
-    source, the logits [B, S, kv_heads] that it read."""
-    cache: "PagedCache | None" = None
+    call: Call = field(default_factory=Call)
     neuron: NeuronSource | None = None
 
 
@@ -99,6 +109,14 @@ class Attachment:
     lora: Lora | None = None
     """What the adapter adds to the weights."""
     undo: list[Callable[[], Any]] = field(default_factory=list)
+    """What detach() calls, last first: partials and bound methods, so that a copy of the model has its own."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copied or pickled model, perhaps in a process where nothing was attached yet."""
+        from sparsekv.modeling.attention import register  # which imports this module
+
+        self.__dict__.update(state)
+        register()
 
     def head_shape(self, dtype: torch.dtype) -> HeadShape:
         """Of its attention layers, with keys and values of this type."""

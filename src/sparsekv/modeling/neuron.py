@@ -6,6 +6,7 @@ has one (arXiv 2506.05345, section 3.1). A forward hook on the module that makes
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,24 +37,25 @@ def install(
     layers: AttentionLayers, index: int, *, attached: AttachedLayer, source: dms.NeuronSource
 ) -> Callable[[], None]:
     """Let the layer get its logits from the queries; returns what undoes it."""
-    heads, head_dim = _query_heads(layers), layers.head_dim
-
-    def read(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        transposed = _is_transposed(args[0], heads)
-        attached.hidden = dms.neuron_logits(
-            _by_head(output, heads, head_dim, transposed),
-            layers.kv_heads,
-            channel=source.channel,
-            scale=source.scale,
-            offset=source.offset,
-        )
-        output = output.clone()
-        queries, keep = _by_head(output, heads, head_dim, transposed), attached.attachment.keep
-        dms.zero_neuron_(queries, layers.kv_heads, channel=source.channel, keep=keep)
-        return output
-
     attached.neuron = source
+    read = partial(_read_logits, attached, source, _query_heads(layers))
     return _query_projection(layers, index).register_forward_hook(read).remove
+
+
+def _read_logits(
+    attached: AttachedLayer, source: dms.NeuronSource, heads: int, _: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> Tensor:
+    """The forward hook: leaves the logits for the attention function, returns the queries without the channel."""
+    attachment = attached.attachment
+    transposed = _is_transposed(args[0], heads)
+    queries = _by_head(output, heads, attachment.head_dim, transposed)
+    attached.call.hidden = dms.neuron_logits(
+        queries, attachment.kv_heads, channel=source.channel, scale=source.scale, offset=source.offset
+    )
+    output = output.clone()
+    queries = _by_head(output, heads, attachment.head_dim, transposed)
+    dms.zero_neuron_(queries, attachment.kv_heads, channel=source.channel, keep=attachment.keep)
+    return output
 
 
 def _query_projection(layers: AttentionLayers, index: int) -> nn.Module:
