@@ -107,9 +107,7 @@ def test_reads_the_queries_that_rope_gets_in_every_family(family, length, monkey
 
 def test_only_the_first_query_head_of_each_group_loses_the_channel(monkeypatch):
     model, seen = attached("Qwen3", rezero=True), []
-    monkeypatch.setattr(
-        "sparsekv.modeling.attention.gate", lambda q, k, v, *a, **b: seen.append(q) or torch.zeros_like(q)
-    )
+    monkeypatch.setattr("sparsekv.attend.whole.gate", lambda q, k, v, *a, **b: seen.append(q) or torch.zeros_like(q))
     with torch.no_grad():
         model(tokens(1, 6), use_cache=False)
     for query in seen:

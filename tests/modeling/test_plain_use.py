@@ -37,7 +37,12 @@ def budget_model():
     return model
 
 
-MODELS = {"heads": dms_model, "neuron": neuron_model, "fused neuron": lambda: neuron_model("Phi3"), "tova": budget_model}
+MODELS = {
+    "heads": dms_model,
+    "neuron": neuron_model,
+    "fused neuron": lambda: neuron_model("Phi3"),
+    "tova": budget_model,
+}
 
 
 # Threads
