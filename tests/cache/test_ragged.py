@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from helpers import Run, check_pages
+from sparsekv.cache.prune import prune
 from sparsekv.policies import Policy
 from sparsekv.policies.dms import DMSPolicy
 
@@ -40,7 +41,7 @@ class Ragged(RuleBasedStateMachine):
     def select(self, indices):
         indices = [i % len(self.history) for i in indices]
         try:
-            self.run.cache.select(torch.tensor(indices))
+            self.run.executor.select(torch.tensor(indices))
         except ValueError as error:
             assert "the KV pool is full" in str(error)  # noqa: PT017
             return
@@ -77,7 +78,7 @@ def dense_run(length: int, **options) -> Run:
 
 def test_a_permutation_copies_nothing():
     run = dense_run(5, rows=2, pages=12)
-    run.cache.select(torch.tensor([1, 0]))
+    run.executor.select(torch.tensor([1, 0]))
     assert run.cache.pool.pages_free == 0
     check_pages(run.cache)
 
@@ -85,7 +86,7 @@ def test_a_permutation_copies_nothing():
 def test_forks_share_settled_pages_only():
     """5 tokens in pages of 2: two full pages are shared, the third is copied; per head, and two heads."""
     run = dense_run(5)
-    run.cache.select(torch.tensor([0, 0, 0]))
+    run.executor.select(torch.tensor([0, 0, 0]))
     assert run.cache.pool.pages_in_use == 2 * (2 + 3)
     run.cache.release(torch.tensor([0]))
     assert run.cache.pool.pages_in_use == 2 * (2 + 2)
@@ -98,7 +99,7 @@ def test_a_token_not_yet_decided_is_not_shared():
     """Where marks lag, one fork may overwrite the newest token that the other keeps."""
     run = Run(policy=DMSPolicy([lambda hidden: hidden], window=1, lag=1), page_size=1)
     run.step([3], hidden=-torch.ones(3, 2), query=torch.zeros(3, 2, 2).double())
-    run.cache.select(torch.tensor([0, 0]))
+    run.executor.select(torch.tensor([0, 0]))
     run.step([1, 1], hidden=torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), query=torch.zeros(2, 2, 2).double())
     assert run.held(0) == [0, 1, 3]
     assert run.held(1) == [0, 1, 2, 3]
@@ -108,7 +109,7 @@ def test_a_token_not_yet_decided_is_not_shared():
 def test_a_selection_that_does_not_fit_changes_nothing():
     run = dense_run(5, pages=7)
     with pytest.raises(ValueError, match=r"\(2 pages\) are needed and 64 B of 448 B are free"):
-        run.cache.select(torch.tensor([0, 0]))
+        run.executor.select(torch.tensor([0, 0]))
     assert run.cache.rows == 1
     assert run.held() == [0.0, 1, 2, 3, 4]
     check_pages(run.cache)
@@ -118,7 +119,8 @@ def test_prune_keeps_the_named_slots_and_frees_the_rest():
     run = dense_run(7)
     keep = torch.zeros(1, 2, 7, dtype=torch.bool)
     keep[0, 0, [0, 3, 6]] = True
-    run.cache.prune(0, torch.tensor([0]), keep)
+    run.cache.rewrites = [True]
+    prune(run.cache, 0, torch.tensor([0]), keep)
     assert run.held(head=0) == [0.0, 3, 6]
     assert run.held(head=1) == []
     assert run.cache.pool.pages_in_use == 2

@@ -121,7 +121,10 @@ class Budget(Policy):
     prunes = rewrites = True
 
     def state(self, shape):
-        return [State(name="tokens", kind="row"), State(name="even", kind="slot"), State(name="writes", kind="page")]
+        return [
+            State(name=name, kind=kind, dtype=torch.int32)
+            for name, kind in (("tokens", "row"), ("even", "slot"), ("writes", "page"))
+        ]
 
     def appends(self, pages):
         return pages.lengths < 4

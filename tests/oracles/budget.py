@@ -94,8 +94,8 @@ class Random(Budget):
     sample: int = 0
     prompt_tokens: int = field(default=0, init=False)
 
-    def draw(self, head: int, position: int) -> float:
-        return self.uniform(self.seed, self.sample, self.layer, head, position)
+    def draw(self, head: int, position: int, sample: int) -> float:
+        return self.uniform(self.seed, sample, self.layer, head, position)
 
     def losable(self, head: int, recent: int) -> list[Slot]:
         old = beyond_newest(self.slots[head], recent)
@@ -108,13 +108,13 @@ class Random(Budget):
 
     def victim(self, head: int, new: Slot) -> Slot:
         losable = self.losable(head, self.recent - 1)
-        return losable[int(self.draw(head, new.position) * len(losable))]
+        return losable[int(self.draw(head, new.position, self.sample) * len(losable))]
 
     def end_prompt(self, length: int) -> None:
         self.prompt_tokens += length
         for head in range(self.heads):
             for slot in self.slots[head]:
-                slot.importance = self.draw(head, slot.position)
+                slot.importance = self.draw(head, slot.position, 0)  # copies share their prompt
             self.prune(head, self.losable(head, self.recent))
 
 

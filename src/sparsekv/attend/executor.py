@@ -43,6 +43,14 @@ class Executor:
         layers, rows, heads = self.ragged.lengths.shape
         self.reads = torch.zeros(2, layers, rows + 1, heads, dtype=torch.int64, device=self.ragged.lengths.device)
 
+    def select(self, indices: Tensor) -> Tensor | None:
+        """As RaggedCache.select; returns total_reads until then and counts anew."""
+        self.ragged.select(indices)
+        before = None if self.reads is None else self.total_reads()
+        if before is not None:
+            self.forget_reads()
+        return before
+
     def total_reads(self) -> Tensor:
         """int64 [2, N, H]: over all rows."""
         assert self.reads is not None

@@ -222,9 +222,9 @@ class SparseCache(PagedCache):
         """Row i becomes a copy of row indices[i]; rows not named are freed."""
         if self._forward is not None:
             self._undo()
-        self.ragged.select(indices.to(self.ragged.lengths.device))
-        self._earlier_reads = self._earlier_reads.to(indices.device) + self._running.total_reads().to(indices.device)
-        self._running.forget_reads()
+        before = self._running.select(indices.to(self.ragged.lengths.device))
+        assert before is not None
+        self._earlier_reads = self._earlier_reads.to(before.device) + before
         self._prompts = {new for new, old in enumerate(indices.tolist()) if old in self._prompts}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 Per KV head, uniform among the slots that are neither of the prompt nor among the newest R = min(64, floor(budget / 2)),
 the new one included. Where P prompt tokens and R do not fit in the budget, the prompt outside the recent window is not
-safe either, and is pruned uniformly. Every draw depends on (seed, sample, layer, head, position) alone:
+safe either, and is pruned uniformly. Every draw depends on (seed, sample, layer, head, position) alone, of a prompt on
+sample 0, since copies share it:
 
     decode, token t   the floor(u(t) * n)-th of n candidates, in slot order, goes
     prompt            of the tokens that are not safe those with the largest u(position) stay
@@ -61,7 +62,7 @@ class RandomPolicy(BudgetPolicy):
         born = births(prompt.state, at)
         safe = born >= pages.seen[prompt.rows][:, None, None] - self.recent
         safe |= self._of_prompt(prompt.state.slot, at) & self._fits(prompt.state.row, prompt.rows)
-        drawn = self._draw(prompt.layer, prompt.samples, born, pages)
+        drawn = self._draw(prompt.layer, torch.zeros_like(prompt.samples), born, pages)
         return keep_most(drawn, live, safe, budget=self.budget)
 
     def _of_prompt(self, slot: dict[str, Tensor], at: Tensor) -> Tensor:

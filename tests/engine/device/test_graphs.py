@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from serving import attached, engine
-from sparsekv.engine.device.cache import EngineCache, Part
-from sparsekv.engine.device.graphs import buckets_up_to, compiled_decode, why_not_graphable
+from sparsekv.attend import Part
+from sparsekv.engine.device.cache import EngineCache
+from sparsekv.engine.device.graphs import buckets_up_to, compiled_decode, why_not_recordable
 from sparsekv.ops.layout import Batch
+from sparsekv.policies import Policy
+from sparsekv.policies.registry import METHODS
 
 
 def _three_steps(cache: EngineCache, forward: Any, count: int) -> torch.Tensor:
@@ -16,7 +19,7 @@ def _three_steps(cache: EngineCache, forward: Any, count: int) -> torch.Tensor:
     logits = torch.empty(0)
     for position in range(3):
         batch = Batch(rows=torch.arange(count), starts=torch.arange(count + 1, dtype=torch.int32), longest=1)
-        cache.parts = (Part(batch=batch, seen=torch.full((count,), position).int(), tokens=count), None)
+        cache.parts = (Part(batch=batch, seen=torch.full((count,), position).int(), tokens=count, most=99), None)
         logits = forward(torch.arange(3, 3 + count)[None], torch.full((1, count), position))
     return logits
 
@@ -42,14 +45,14 @@ def test_one_compilation_for_all_batches_and_one_for_a_batch_of_one(family: str)
     assert len(graphs) == 2
     for graph in graphs:
         calls = [node for node in graph.graph.nodes if "sparsekv.attend" in str(node.target)]
-        assert len(calls) == len(cache.attached)
+        assert len(calls) == len(cache.executor.policies)
 
 
 def test_the_opaque_operation_declares_its_output() -> None:
     """Shapes, strides and dtypes of the fake are those of the real one."""
     cache = engine(attached("dms")).engine.runner.cache
     batch = Batch(rows=torch.arange(2), starts=torch.arange(3, dtype=torch.int32), longest=1)
-    cache.parts = (Part(batch=batch, seen=torch.zeros(2, dtype=torch.int32), tokens=2), None)
+    cache.parts = (Part(batch=batch, seen=torch.zeros(2, dtype=torch.int32), tokens=2, most=9), None)
     q, k = (torch.randn(1, heads, 2, 8, dtype=torch.float64) for heads in (4, 2))
     hidden = torch.randn(1, 2, 32, dtype=torch.float64)
     arguments = (q, k, k.clone(), hidden, 0, cache.handle, 0.3)
@@ -64,6 +67,9 @@ def test_buckets() -> None:
 
 
 def test_what_cannot_be_recorded_says_why() -> None:
-    assert why_not_graphable(engine(attached("dms")).engine.runner.cache) is None
-    assert why_not_graphable(engine(attached("streaming")).engine.runner.cache) is None
-    assert "lag 1" in str(why_not_graphable(engine(attached("lagged")).engine.runner.cache))
+    class Asks(Policy):
+        name = "asks"
+        recordable = False
+
+    assert why_not_recordable([Policy(), *METHODS.values()]) is None
+    assert "'asks' asks the device" in str(why_not_recordable([Policy(), Asks()]))

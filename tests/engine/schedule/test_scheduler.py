@@ -213,7 +213,7 @@ def test_nothing_but_a_step_may_follow_a_step_in_flight() -> None:
 
 
 def test_the_ledger_bounds_what_is_taken() -> None:
-    ledger = Ledger(layers=1, rows=2, kv_heads=2, page_size=4, pages=20, caps=[10])
+    ledger = Ledger(caps=_caps(10, 10, layers=1), rows=2, kv_heads=2, page_size=4, pages=20)
     ledger.refresh(np.array([[[3, 4], [0, 9]]], dtype=np.int32), 15)
     assert ledger.growth([0], 1) == 1
     assert ledger.growth([0], 2) == 2
