@@ -1,4 +1,4 @@
-"""Families whose attention modules know no groups of query heads, or whose positions are learned: GPT-2, GPT-NeoX, OPT."""
+"""Attention modules that know no groups of query heads, and learned positions: GPT-2, GPT-NeoX, OPT, GPTBigCode."""
 
 import pytest
 import torch

@@ -12,14 +12,15 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsekv.engine.build import build_engine
-from sparsekv.engine.config import EngineConfig
+from sparsekv.engine.config import EngineConfig, check_options
 from sparsekv.engine.outputs import RequestOutput, Session
 from sparsekv.engine.params import SamplingParams
 from sparsekv.engine.streams import Streams
 from sparsekv.modeling.adapter import AdapterConfig, read_adapter
-from sparsekv.modeling.attach import attach, attachment_of
+from sparsekv.modeling.attach import attach, attachment_of, detach
 from sparsekv.modeling.load import load_model
 from sparsekv.policies import Policy
+from sparsekv.policies.registry import describe
 from sparsekv.policies.dms import DMSPolicy
 
 Prompt = str | list[int]
@@ -50,20 +51,29 @@ class LLM:
         device: str | None = None,
         **options: Any,
     ) -> None:
+        check_options(options, policy=_policy_options(policy, adapter=adapter))
         config = EngineConfig(**{k: v for k, v in options.items() if k in _ENGINE_OPTIONS})
         options = {k: v for k, v in options.items() if k not in _ENGINE_OPTIONS}
         if isinstance(model, str):
             model, loaded = load_model(model, dtype=dtype, device=device)
             tokenizer = loaded if tokenizer is None else tokenizer
+        elif not isinstance(model, PreTrainedModel):
+            raise ValueError(f"model is a {type(model).__name__}; pass a name, a folder or a Transformers model")
         elif dtype is not None or device is not None:
             raise ValueError("dtype and device are for models loaded by name; move this one before passing it")
         self.model = model.eval()
         self.tokenizer = tokenizer
         self._adapter: AdapterConfig | None = None if adapter is None else read_adapter(adapter)[0]
-        if adapter is not None or policy is not None or options or cr is not None or not _attached(model):
+        attached = _attached(model)
+        if adapter is not None or policy is not None or options or cr is not None or not attached:
             policy = "dense" if policy is None and adapter is None else policy
             attach(model, adapter=adapter, cr=cr, policy=policy, **options)
-        self.engine = build_engine(model, config, tokenizer=tokenizer, ratio=1.0 if cr is None else cr)
+        try:
+            self.engine = build_engine(model, config, tokenizer=tokenizer, ratio=1.0 if cr is None else cr)
+        except BaseException:
+            if not attached:
+                detach(model)
+            raise
         self._streams = Streams(self.engine)
 
     def generate(
@@ -81,6 +91,8 @@ class LLM:
 
         Raises ValueError where a request can never fit or a prompt or session is not usable; none is run then.
         """
+        if isinstance(prompts, torch.Tensor):
+            raise ValueError("the prompts are a tensor; pass lists of token ids, such as tensor.tolist()")
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         many: list[Any] = [prompts] if single else list(prompts)
         params = _one_each("sampling_params", sampling_params or SamplingParams(), len(many))
@@ -165,6 +177,13 @@ class LLM:
         if self.tokenizer is None:
             raise ValueError("this LLM has no tokenizer: pass tokenizer=..., or prompts as token ids")
         return self.tokenizer.encode(prompt, add_special_tokens=not continued), prompt
+
+
+def _policy_options(policy: str | Policy | None, *, adapter: str | None) -> list[str]:
+    """What attach takes beside: nothing for a Policy, which brings its own settings."""
+    if adapter is not None:
+        return ["budget", "page_size"] if policy == "dms-quest" else []
+    return [*describe(policy).options, "tokens", "neuron"] if isinstance(policy, str) else []
 
 
 def _attached(model: PreTrainedModel) -> bool:

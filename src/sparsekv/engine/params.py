@@ -71,6 +71,8 @@ class SamplingParams:
         if not all(isinstance(text, str) and text for text in stops):
             raise ValueError("stop holds something that is not a text; use non-empty strings")
         object.__setattr__(self, "stops", stops)
+        if not isinstance(self.stop_token_ids, list | tuple | None):
+            raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}; use a list of token ids")
         for token in self.stop_token_ids or ():
             check_int("stop_token_ids", token, at_least=0)
 

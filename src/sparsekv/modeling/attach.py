@@ -6,6 +6,7 @@ makes its own SparseCache. What is left on the model is data that copies and pic
 """
 
 from functools import partial
+from os import PathLike
 from typing import Any
 
 from torch import nn
@@ -51,6 +52,13 @@ def attach(
     Raises ValueError where the model cannot be attached (the sentence names the reason), is attached already, or where
     the adapter is for another model or the options do not fit.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"attach takes a Transformers model, and this is a {type(model).__name__}")
+    _check_types(
+        policy,
+        adapter=adapter,
+        numbers={"cr": cr, "tokens": tokens} | {k: v for k, v in options.items() if k != "neuron"},
+    )
     if hasattr(model, ATTACHMENT):
         raise ValueError("this model is attached already; call sparsekv.detach(model) first")
     if policy is None and adapter is None:
@@ -83,8 +91,8 @@ def attach(
     elif isinstance(policy, str):
         policy = make_policy(policy, cr=cr, tokens=tokens, **options)
     elif options or cr is not None:
-        given = sorted([*options, *(["cr"] if cr is not None else [])])
-        raise ValueError(f"a Policy object brings its own settings; leave out {', '.join(given)}")
+        given = [*options] + (["cr"] if cr is not None else [])
+        raise ValueError(f"a Policy object brings its own settings; leave out {', '.join(sorted(given))}")
     assert isinstance(policy, Policy)
     _check_budget(policy, layers.max_tokens)
     if loaded is not None:
@@ -124,6 +132,16 @@ def heads(model: PreTrainedModel) -> list[EvictionHead]:
     if not found:
         raise ValueError("this model has no eviction heads: its queries carry the logits, or a policy of your own does")
     return found
+
+
+def _check_types(policy: Any, *, adapter: Any, numbers: dict[str, Any]) -> None:
+    if not isinstance(policy, str | Policy | None):
+        raise ValueError(f"policy is {policy!r}; pass a name, or a Policy that was made")
+    if not isinstance(adapter, str | PathLike | None):
+        raise ValueError(f"adapter is {adapter!r}; pass a folder or a hub id")
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise ValueError(f"{name} is {value!r}; use a number")
 
 
 def _new_head(layers: AttentionLayers, index: int) -> EvictionHead:
@@ -217,4 +235,4 @@ def _prepare_cache(
     if given is None and generation_config.use_cache is not False:
         model_kwargs["past_key_values"] = SparseCache(model)
     else:
-        type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+        getattr(type(model), _PREPARE_CACHE)(model, generation_config, model_kwargs, *args, **kwargs)

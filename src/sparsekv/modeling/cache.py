@@ -2,8 +2,8 @@
 
 One row per sequence of the batch. Each layer's keys and values go from the attention function to the policy's slots;
 the Cache methods that `generate` calls only count columns. A forward that the pool cannot hold leaves the cache as it
-was; a prefill that another error, or Ctrl-C, interrupts is taken back when the next forward begins. What cannot be taken
-back, a decode step, the end of a prompt or a fork, leaves a cache that says so until `reset`.
+was; a prefill that another error, or Ctrl-C, interrupts is taken back when the next forward begins. What cannot be
+taken back, a decode step, the end of a prompt or a fork, leaves a cache that says so until `reset`.
 """
 
 from dataclasses import dataclass
@@ -52,8 +52,8 @@ class SparseCache(PagedCache):
     def __init__(
         self, model: PreTrainedModel, *, kv_memory: int | str | None = None, page_size: int | None = None
     ) -> None:
-        if page_size is not None and page_size < 1:
-            raise ValueError(f"page_size is {page_size}; it counts token slots, so use at least 1 (32 is the default)")
+        if page_size is not None and (type(page_size) is not int or page_size < 1):
+            raise ValueError(f"page_size is {page_size}; it counts token slots, so use an integer from 1 (32 is usual)")
         self.attachment = attachment_of(model)
         self._kv_memory = None if kv_memory is None else parse_bytes(kv_memory)
         self._policies = [attached.policy for attached in self.attachment.layers]
