@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields
 
 from sparsekv.engine.checks import check_int, check_number
 
-
 ELSEWHERE = {
     "gpu_memory_utilization": "kv_memory=0.5 takes half of the free memory for the pool",
     "tensor_parallel_size": "an engine runs on one GPU",

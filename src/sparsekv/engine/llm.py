@@ -20,8 +20,8 @@ from sparsekv.modeling.adapter import AdapterConfig, read_adapter
 from sparsekv.modeling.attach import attach, attachment_of, detach
 from sparsekv.modeling.load import load_model
 from sparsekv.policies import Policy
-from sparsekv.policies.registry import describe
 from sparsekv.policies.dms import DMSPolicy
+from sparsekv.policies.registry import describe
 
 Prompt = str | list[int]
 """Text, or token ids."""

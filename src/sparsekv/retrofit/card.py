@@ -16,7 +16,8 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
         f"base_model: {adapter.base_model_name_or_path}\ntags: [dms, kv-cache]\n---\n\n"
         f"# Eviction heads for {adapter.base_model_name_or_path}\n\n"
         "One set of heads that says which tokens each KV head can forget (Dynamic Memory Sparsification, arXiv "
-        f"2506.05345), trained towards ratio {made['final_cr']:g}{_marked(made)}, with an offset on their logits for every ratio from 1 to "
+        f"2506.05345), trained towards ratio {made['final_cr']:g}{_marked(made)}, with an offset on their logits for "
+        "every ratio from 1 to "
         f"{adapter.max_cr:.3g}. {_base(adapter, config)}\n",
         "## Training\n\n"
         f"{made['steps']} steps of {config.batch} x {config.length} tokens in {made['minutes']:g} minutes on "

@@ -60,8 +60,8 @@ def told(folder: Path) -> Iterator[None]:
         yield
     except (OSError, CheckpointException, SafetensorError) as error:
         raise ValueError(
-            f"cannot write {folder} ({reason(error)}); make room there and start again: what was saved before is whole, and "
-            "the run goes on from it"
+            f"cannot write {folder} ({reason(error)}); make room there and start again: what was saved before is "
+            "whole, and the run goes on from it"
         ) from None
 
 

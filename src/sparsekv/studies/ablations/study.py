@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from sparsekv import yaml_file
 from sparsekv.retrofit.config import RetrofitConfig, parse_config
 from sparsekv.studies.ablations.controls import CONTROLS
 
