@@ -106,7 +106,13 @@ def test_lengths_at_ratio_one_are_the_context():
 
 
 @pytest.mark.parametrize(
-    "words", [["step"], ["step", "--shape", "tiny", "--cr", 1], ["serve", "--kv-memory", "1GiB"], ["suite", "x.jsonl"]]
+    "words",
+    [
+        ["step"],
+        ["step", "--shape", "tiny", "--cr", 1],
+        ["serve", "--rows", "short-greedy,churn-8"],
+        ["suite", "x.jsonl"],
+    ],
 )
 def test_without_a_gpu_one_sentence(run, words, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -124,8 +130,7 @@ def test_without_a_gpu_one_sentence(run, words, monkeypatch, tmp_path):
         (["decode", "--shape", "huge"], "unknown shape 'huge'; use one of qwen3-8b"),
         (["prefill", "--shape", "huge"], "unknown shape 'huge'"),
         (["step", "--shape", "huge"], "unknown shape 'huge'"),
-        (["serve", "--shape", "huge"], "unknown shape 'huge'"),
-        (["serve", "--kv-memory", "much"], "much"),
+        (["serve", "--rows", "short-greedy,much"], "unknown row 'much'; use some of short-greedy"),
         (["step", "--context", 256, "--cr", 8], "256 tokens with a window of 64 allow 1 to 4"),
         (["decode", "--shape", "tiny", "--cr", 0.5], "the ratio is 0.5"),
         (["decode", "--shape", "tiny", "--adapter", "x"], "exclude each other"),
@@ -156,3 +161,14 @@ def test_train_at_its_own_shapes_needs_a_gpu(run, monkeypatch):
     outcome = run("bench", "train")
     assert outcome.code == 2
     assert "use --shape tiny" in outcome.err
+
+
+def test_the_host_alone(run, monkeypatch):
+    """Without a GPU."""
+    monkeypatch.setattr("sparsekv.bench.host.TEXTS", {"none": {"detokenize": False}, "stop": {"stop": ["never said"]}})
+    outcome = run("bench", "host", "--shape", "tiny", "--steps", 20, "--json")
+    assert outcome.code == 0, outcome.err
+    records = [json.loads(line) for line in outcome.out.splitlines()]
+    found = {(r["sequences"], r["output"], r["text"]): r["ms"] for r in records}
+    assert set(found) == {(n, output, text) for n in (64, 256) for output in (0, 8192) for text in ("none", "stop")}
+    assert min(found.values()) > 0

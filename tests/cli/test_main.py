@@ -26,7 +26,7 @@ def test_help_loads_no_framework():
         assert heavy not in loaded
 
 
-@pytest.mark.parametrize("name", ["demo", "generate", "inspect", "bench"])
+@pytest.mark.parametrize("name", ["demo", "generate", "eval", "policies", "inspect", "bench"])
 def test_each_command_explains_itself(run, name):
     assert name in run("--help").out
     outcome = run(name, "--help")
@@ -56,7 +56,12 @@ def test_an_interrupt_exits_with_130(run, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--policy", "dms", "--window", 0], ["window is 0"]),
+        (["--policy", "dms"], ["needs trained eviction heads", "--adapter"]),
+        (["--policy", "tova"], ["--budget N or --cr R"]),
+        (["--policy", "tova", "--budget", 0], ["budget is 0"]),
+        (["--policy", "tova", "--budget", 300], ["context is 256"]),
+        (["--policy", "tova", "--budget", 64, "--option", "sinks=2"], ["sinks", "budget, cr"]),
+        (["--policy", "dense", "--cr", 4], ["no budget"]),
         (["--policy", "streaming", "--budget", 3], ["budget 3", "at least 5"]),
         (["--policy", "nope"], ["'nope'", "dense"]),
         (["--cr", 4], ["--adapter"]),

@@ -18,7 +18,7 @@ from sparsekv import LLM, SamplingParams, SparseCache
         ),
         ({"polcy": "tova"}, "LLM does not know polcy; it takes kv_memory"),
         ({"policy": "streaming", "budget": 9, "sink": 1}, "LLM does not know sink; .*, budget, sinks"),
-        ({"policy": "streaming", "budget": "9"}, "budget is '9'; use a number"),
+        ({"policy": "streaming", "budget": "9"}, "budget is '9'; it counts tokens, so use an integer"),
         ({"policy": 3}, "policy is 3; pass a name, or a Policy"),
         ({"cr": "4", "policy": "tova"}, "cr is '4'; use a number"),
         ({"page_size": 1.5}, "page_size is 1.5; use an integer"),

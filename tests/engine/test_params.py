@@ -25,6 +25,8 @@ from sparsekv import SamplingParams
         ("seed", 0.5, "use an integer"),
         ("stop", [""], "non-empty"),
         ("stop_token_ids", [-1], "stop_token_ids is -1"),
+        ("logit_bias", {-1: 0.5}, "logit_bias is -1"),
+        ("logit_bias", {3: "x"}, r"logit_bias\[3\] is 'x'"),
     ],
 )
 def test_refused(field: str, value: object, words: str) -> None:
@@ -41,3 +43,14 @@ def test_stop_may_be_one_text_or_several() -> None:
     assert SamplingParams(stop="a").stops == ("a",)
     assert SamplingParams(stop=["a", "b"]).stops == ("a", "b")
     assert SamplingParams().stops == ()
+
+
+def test_stop_strings_need_the_text() -> None:
+    with pytest.raises(ValueError, match="detokenize"):
+        SamplingParams(stop="a", detokenize=False)
+
+
+def test_what_is_nearly_zero_is_greedy() -> None:
+    """vLLM's threshold."""
+    assert SamplingParams(temperature=9e-6).greedy
+    assert not SamplingParams(temperature=1e-5).greedy

@@ -9,7 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from serving import alone, assert_empty, attached, engine, prompts
 from sparsekv import LLM, SamplingParams
-from sparsekv.engine.outputs import RequestOutput, Session
+from sparsekv.engine.outputs import Session
+from sparsekv.engine.schedule.request import Request
 
 LENGTHS, NEW = (1, 4, 9, 14, 20), 20
 PROMPTS = prompts(*LENGTHS)
@@ -109,8 +110,8 @@ class EngineMachine(RuleBasedStateMachine):
     def _scheduler(self) -> Any:
         return self.llm.engine.scheduler
 
-    def _take(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
+    def _take(self, changed: list[Request]) -> None:
+        for output in [request.output() for request in changed]:
             expected = self.expected[output.request_id]
             for c, tokens in zip(output.outputs, expected, strict=True):
                 assert c.token_ids == tokens[: len(c.token_ids)]

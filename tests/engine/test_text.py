@@ -10,7 +10,7 @@ import pytest
 import tiny
 from serving import assert_empty, attached, engine, greedy, prompts
 from sparsekv import LLM, SamplingParams
-from sparsekv.engine.detokenizer import Detokenizer
+from sparsekv.engine.detokenizer import Detokenizer, decoder
 
 
 @pytest.fixture(scope="module")
@@ -25,21 +25,55 @@ def llm(tokenizer: Any) -> LLM:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_pieces_make_the_whole(tokenizer: Any, seed: int) -> None:
-    """Random tokens (mostly broken UTF-8) and real text with characters of up to four bytes."""
+    """Random tokens (mostly broken UTF-8) and real text with characters of up to four bytes, read whenever."""
     rng = random.Random(seed)
     prompt = tokenizer.encode("the old ship")
-    ids = [rng.randrange(len(tokenizer)) for _ in range(30)]
-    for output in (ids, tokenizer.encode("naïve 日本語 🙂🙃 the river é")):
-        detokenizer = Detokenizer(tokenizer, prompt)
-        pieces = [*map(detokenizer.push, output), detokenizer.finish()]
+    ids = [rng.randrange(len(tokenizer)) for _ in range(60)]
+    for output in (ids, tokenizer.encode("naïve 日本語 🙂🙃 the river é" * 4)):
+        tokens, pieces = list(prompt), []
+        detokenizer = Detokenizer(decoder(tokenizer), tokens, prompt=len(prompt))
+        for token in output:
+            tokens.append(token)
+            if rng.random() < 0.7:
+                pieces.append(detokenizer.advance())
+        pieces.append(detokenizer.advance(final=True))
         whole = tokenizer.decode(prompt + output, skip_special_tokens=True)
-        assert tokenizer.decode(prompt, skip_special_tokens=True) + "".join(pieces) == whole
-        assert detokenizer.text == "".join(pieces)
+        text = "".join(pieces)
+        assert tokenizer.decode(prompt, skip_special_tokens=True) + text == whole
+        assert detokenizer.tail(9) == text[-9:]
+        assert detokenizer.length == len(text)
+        assert detokenizer.text == text
 
 
 def test_no_piece_of_valid_text_is_broken(tokenizer: Any) -> None:
-    detokenizer = Detokenizer(tokenizer, [])
-    assert all("\ufffd" not in detokenizer.push(t) for t in tokenizer.encode("日本語🙂 naïve"))
+    tokens: list[int] = []
+    detokenizer = Detokenizer(decoder(tokenizer), tokens, prompt=0)
+    for token in tokenizer.encode("日本語🙂 naïve"):
+        tokens.append(token)
+        assert "\ufffd" not in detokenizer.advance()
+
+
+def test_detokenising_a_token_costs_the_same_after_a_long_text(tokenizer: Any) -> None:
+    seen: list[int] = []
+    decode = decoder(tokenizer)
+
+    def counted(ids: list[int]) -> str:
+        seen.append(len(ids))
+        return decode(ids)
+
+    tokens: list[int] = []
+    detokenizer = Detokenizer(counted, tokens, prompt=0)
+    for token in [17, 200] * 500:  # hardly ever a whole character
+        tokens.append(token)
+        detokenizer.advance()
+    assert max(seen) < 20
+    assert len(seen) < 1.5 * len(tokens)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_short_way_to_decode_is_the_tokenizers_own(tokenizer: Any, skip: bool) -> None:
+    ids = [tokenizer.eos_token_id, *tokenizer.encode("naïve , don 't 🙂 .")]
+    assert decoder(tokenizer, skip_special_tokens=skip)(ids) == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
 def test_text_is_the_tokens_decoded(llm: LLM, tokenizer: Any) -> None:

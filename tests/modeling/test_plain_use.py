@@ -37,7 +37,14 @@ def budget_model():
     return model
 
 
+def dmc_model():
+    model = tiny_model(dtype=torch.float64)
+    sparsekv.attach(model, policy="dmc", neuron=NeuronSource(channel=-1, scale=3.0, offset=0.0))
+    return model
+
+
 MODELS = {
+    "dmc": dmc_model,
     "heads": dms_model,
     "neuron": neuron_model,
     "fused neuron": lambda: neuron_model("Phi3"),

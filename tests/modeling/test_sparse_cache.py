@@ -193,6 +193,7 @@ def test_statistics_are_counted():
     assert stats.tokens_held == stats.peak_tokens == 10
     assert stats.compression_ratio == 2
     assert stats.kv_reads == (4 + 5 * 6) * 2  # steps x rows
+    assert stats.reads == [[34 * 2] * 2] * 2  # by layer and head
     assert stats.held == [[10, 10], [10, 10]]
     assert stats.ratio_per_head == [[2.0, 2.0], [2.0, 2.0]]
     assert stats.pages == 2 * 2 * 2 * 2  # rows x layers x heads, two pages each

@@ -113,7 +113,7 @@ def test_known_names_build_and_unknown_ones_are_refused():
     assert policy_names() == sorted({"dense", "dms", "streaming"} | set(policy_names()))
     assert make_policy("dense").name == "dense"
     assert make_policy("streaming", budget=9, sinks=1).window(0) == 8
-    with pytest.raises(ValueError, match="unknown policy 'lru'; use one of dense, dms"):
+    with pytest.raises(ValueError, match="unknown policy 'lru'; use one of dense, dmc, dms"):
         make_policy("lru")
     with pytest.raises(ValueError, match="policy 'streaming' got an unexpected keyword argument 'bugdet'"):
         make_policy("streaming", bugdet=9)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ from sparsekv.modeling.load import load_model
 from sparsekv.retrofit import __main__ as entry
 from sparsekv.retrofit.checkpoint import reason
 from sparsekv.retrofit.config import RetrofitConfig, save_config
-from sparsekv.retrofit.run import prepare_output, run
+from sparsekv.retrofit.data import blend
+from sparsekv.retrofit.documents import read_all
+from sparsekv.retrofit.export import export
+from sparsekv.retrofit.run import load_for_training, load_result, load_teacher, prepare_output, run
+from sparsekv.retrofit.trainer import adapter_config, train
 
 Configure = Callable[..., RetrofitConfig]
 EVALUATION = {"ratios": [1, 2], "rows": 2, "length": 128, "items": 1, "contexts": [256], "batch": 2}
@@ -100,6 +105,33 @@ def test_a_neuron_source_is_a_plain_model_and_a_table(configure: Configure) -> N
     assert len(adapter.offsets) > 0
     model, _ = load_model(adapter.base_model_name_or_path, device="cpu")
     sparsekv.attach(model, adapter=config.output, cr=1.5)
+
+
+def test_dmc_is_a_plain_model_that_decides_as_it_was_trained(configure: Configure) -> None:
+    config = configure(
+        **{"policy": "dmc", "source": "neuron", "neuron": {"fade_steps": 1}, "trainable": "all", "lag": 1},
+        **{"window": 5, "pull": "hinge_text", "fraction": "hard", "base_lr": 1e-3, "max_steps": 6, "length": 256},
+        evaluation=EVALUATION,
+    )
+    model, tokenizer = load_for_training(config)
+    rows = blend(read_all(config.data, tokenizer, model=config.model, seed=0), tokenizer, count=12, length=256, seed=0)
+    weights = train(model, rows, config, teacher=load_teacher(config, tokenizer), progress=False)
+    ids, again = torch.arange(60)[None], replace(config, output=config.output + "-again")
+    export(weights, config.model, folder=Path(again.output), adapter=adapter_config(model, config))
+    with torch.no_grad():
+        assert torch.equal(load_result(again)[0](ids).logits, model(ids).logits)
+    adapter, state = read_adapter(run(config))
+    assert (adapter.policy, adapter.window, adapter.source) == ("dmc", 5, "neuron") and not state
+    assert [ratio for _, ratio in adapter.offsets] == pytest.approx([1.5, 2, 3], rel=0.1)
+    card = (Path(config.output) / "README.md").read_text()
+    assert "Dynamic Memory Compression, arXiv 2403.09636" in card and "Eviction heads" not in card
+    served, _ = load_model(adapter.base_model_name_or_path, device="cpu")
+    policy = sparsekv.attach(served, adapter=config.output, cr=2).policy
+    assert policy.name == "dmc"
+    cache = sparsekv.SparseCache(served)
+    with torch.no_grad():
+        served(torch.arange(128)[None], past_key_values=cache)
+    assert cache.stats().compression_ratio > 1.2
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(configure: Configure, tmp_path: Path) -> None:

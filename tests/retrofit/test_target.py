@@ -44,5 +44,8 @@ def test_the_channel_fades_before_the_schedule_begins() -> None:
     assert [channel_kept(config, step) for step in (1, 500, 2000, 2001)] == [0.9995, 0.75, 0, None]
     assert [step_target(config, step)[0] for step in (1, 2000, 2100, 2200)] == pytest.approx([0, 0, 0.5, 2 / 3])
     assert channel_kept(parse_config(BASE), 1) is None
+    dmc = {"policy": "dmc", "source": "neuron", "trainable": "all", "lag": 1}
+    config = parse_config({**BASE, **dmc, "max_cr": 3})
+    assert [channel_kept(config, step) for step in (800, 1600, 2000, 2001)] == [0.5, 0, 0, None]
     with pytest.raises(ValueError, match="use trainable: all"):
         parse_config({**BASE, "source": "neuron"})

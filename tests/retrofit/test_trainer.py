@@ -18,6 +18,7 @@ from sparsekv.modeling.adapter import read_adapter
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.load import load_model
 from sparsekv.retrofit import checkpoint
+from sparsekv.retrofit.config import RetrofitConfig
 from sparsekv.retrofit.data import Blend
 from sparsekv.retrofit.distill import Distillation, Draw, marked_fractions
 from sparsekv.retrofit.metrics import blocks
@@ -374,5 +375,78 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(
     monkeypatch.undo()
     found = checkpoint.newest(Path(config.output))
     assert found is not None and found.name == "checkpoint-2"
+    _, resumed = trained(config)
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
+
+
+def dmc_run(configure: Configure, **changes: Any) -> RetrofitConfig:
+    settings: dict[str, Any] = {
+        "policy": "dmc",
+        "source": "neuron",
+        "neuron": {"fade_steps": 5},
+        "trainable": "all",
+        "lag": 1,
+        "window": 12,
+        "pull": "hinge_text",
+        "fraction": "hard",
+        "base_lr": 1e-3,
+        "length": 256,
+    }
+    return configure(**(settings | changes))
+
+
+def test_dmc_fades_clears_and_learns_to_merge(configure: Configure) -> None:
+    """The channel is gone over four fifths of the first stage; then decisions start at the offset and rise."""
+    config = dmc_run(configure, max_cr=2, steps_per_cr=8, hold_steps=22)
+    model, metrics = trained(config)
+    fading, merging = metrics[:5], metrics[5:]
+    assert [line["target"] for line in fading] == [0] * 5
+    assert all(line["fraction"] == 0 for line in fading)
+    assert fading[3]["divergence"] > fading[0]["divergence"] > 0
+    assert merging[0]["fraction"] < 0.05
+    assert merging[-1]["fraction"] > 0.4
+    assert merging[-1]["loss"] < max(line["loss"] for line in merging)
+    assert merging[-1]["hinge"] < 0.1
+    attached = attachment_of(model)
+    assert (attached.policy.name, attached.keep, attached.policy.offset) == ("dmc", 0, 0)
+
+
+def test_the_channel_is_cleared_when_it_is_gone(configure: Configure) -> None:
+    def rows(model: Any) -> list[torch.Tensor]:
+        attentions = [layer.self_attn for layer in model.model.layers]
+        return [p.weight.view(-1, 8, 32)[:, 7] for a in attentions for p in (a.q_proj, a.k_proj)]
+
+    before, _ = trained(dmc_run(configure, max_steps=5, output=str(configure().output) + "-a"))
+    assert all(row.any(-1).all() for row in rows(before))
+    after, _ = trained(dmc_run(configure, max_steps=6, output=str(configure().output) + "-b"))
+    assert max(row.abs().max().item() for row in rows(after)) < 2 * 1e-3  # one step of Adam from 0
+
+
+def test_each_text_of_a_batch_is_pulled_for_itself(configure: Configure) -> None:
+    with trainer_of(dmc_run(configure, neuron={"fade_steps": 0})) as trainer:
+        ids = next(iter(trainer.get_train_dataloader()))["input_ids"][:, :128]
+        made = trainer.model(ids, Draw(seed=1, target=0.5))
+        gates = attachment_of(trainer.model.student).gates
+        merged = torch.stack([gate.view(2, 128, -1) for gate in gates.gates.values()]) > 0
+        expected = (0.5 - merged.float().mean(dim=(0, 2, 3))).clamp(min=0).mean()
+    assert made["pull"].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_a_killed_run_of_dmc_goes_on_as_if_undisturbed(configure: Configure, tmp_path: Path) -> None:
+    """Killed at the step before which the channel is cleared."""
+    settings = {"neuron": {"fade_steps": 2}, "save_every": 2}
+    _, whole = trained(dmc_run(configure, output=str(tmp_path / "whole"), max_steps=4, **settings))
+    config = dmc_run(configure, output=str(tmp_path / "killed"), max_steps=4, **settings)
+    with trainer_of(config) as trainer:
+        step = trainer.training_step
+
+        def killed(*args: Any, **kwargs: Any) -> Any:
+            if trainer.state.global_step == 2:
+                raise KeyboardInterrupt
+            return step(*args, **kwargs)
+
+        trainer.training_step = killed
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
     _, resumed = trained(config)
     assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]

@@ -38,6 +38,11 @@ class Executor:
         if count_reads:
             self.forget_reads()
 
+    def reset(self) -> None:
+        """Count anew: the rows have been emptied."""
+        if self.reads is not None:
+            self.reads.zero_()
+
     def forget_reads(self) -> None:
         """Count anew, for the rows that there are now."""
         layers, rows, heads = self.ragged.lengths.shape

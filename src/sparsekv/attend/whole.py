@@ -8,6 +8,7 @@ from torch import Tensor
 from sparsekv import dms
 from sparsekv.ops.gate import gate
 from sparsekv.policies.base import Policy, Step
+from sparsekv.policies.dmc import DMCPolicy
 from sparsekv.policies.dms import DMSPolicy
 
 Gates = Callable[[int, Tensor], Tensor]
@@ -43,6 +44,9 @@ def whole_layer(
         marks = policy.marks(step)
         if marks is not None:
             log_keep = dms.hard_log_keep(marks, key.dtype)
+    if log_keep is not None and isinstance(policy, DMCPolicy):
+        means = policy.means(step, log_keep, rows=rows, soft=gates is not None, documents=documents)
+        key, value = (x.unflatten(0, (rows, length)).transpose(1, 2) for x in means)
     if log_keep is not None:
         by_sequence = log_keep.view(rows, length, -1).transpose(1, 2)
         log_keep = own_heads(dms.align(by_sequence, policy.lag, fill=0), heads)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache.ragged import RaggedCache
+from sparsekv.ops.bounds import refresh
+from sparsekv.ops.layout import held_slots
 
 SPREAD = 0.7
 """The log-normal's sigma."""
@@ -50,3 +52,18 @@ def fill(
         slot = length[..., None] - window + torch.arange(window)
         mark = torch.rand(slot.shape, generator=generator) < marked
         ring.copy_(slot << 1 | mark.long())
+
+
+def remember(ragged: RaggedCache, seen: int) -> None:
+    """What policies would know of such a cache: tokens are the newest `seen`, bounds are those of the keys."""
+    rows = torch.arange(ragged.rows, device=ragged.lengths.device)
+    born, bounds = ragged.pool.slot_state.get("born"), ragged.pool.page_state.get("bounds")
+    for index in range(len(ragged.rings)):
+        layer = ragged.layer(index)
+        longest = int(layer.lengths.max())
+        if born is not None:
+            at, _ = held_slots(layer, rows, longest)
+            slot = torch.arange(at.shape[-1], device=rows.device, dtype=torch.int32)
+            born.view(-1)[at] = seen - layer.lengths[rows][..., None] + slot
+        if bounds is not None:
+            refresh(layer, rows, bounds, longest=longest)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sparsekv.bench.targets import VLLM, Row, against_targets, find, size
+from sparsekv.bench.targets import VLLM, VLLM_SERVE, Row, against_targets, served, size
 from sparsekv.bench.timing import median
 from sparsekv.markdown import replaced, table
 
@@ -78,9 +78,8 @@ def plain(rows: list[Row]) -> str:
 
 
 def brief(rows: list[Row]) -> str:
-    """Steps and throughput, for the README."""
+    """Steps, and throughput where it was measured, for the README."""
     targets = against_targets(rows)
-    many, few = (find(rows, "serve", ratio=ratio) for ratio in (8, 1))
     head = (
         "batch x context",
         "ratio 8",
@@ -97,19 +96,54 @@ def brief(rows: list[Row]) -> str:
         table(head, [(*line[1:5], line[6], line[8], line[9]) for line in lines]),
         "*Constants measured elsewhere on the same kind of GPU, not in this run. Ours end with the logits, and at "
         "ratio 8 hold an eighth of the keys and values; vLLM holds all.",
-        f"With {many['memory'] >> 30} GiB for keys and values, from the times of four steps without prefill or "
-        f"scheduling: {many['tokens_per_s']:,.0f} tokens per second at ratio 8 (batch {many['batch']}), "
-        f"{few['tokens_per_s']:,.0f} dense (batch {few['batch']}), "
-        f"{many['tokens_per_s'] / few['tokens_per_s']:.1f} times as many. Of "
-        f"{len(targets)} targets {_verdicts(targets)}: [all of them](docs/performance.md).",
+        *_throughput(served(rows)),
+        f"Of {len(targets)} targets {_verdicts(targets)}: [all of them](docs/performance.md).",
     ]
     return "\n\n".join(parts)
+
+
+def _throughput(found: dict[str, Row]) -> Iterable[str]:
+    """One sentence, where both rows were measured."""
+    if {"long-1", "long-8"} <= found.keys():
+        few, many = found["long-1"], found["long-8"]
+        yield (
+            f"End to end, prompts of {many['prompt']} tokens and answers of {many['output']} with "
+            f"{many['memory'] >> 30} GiB for keys and values: {many['tokens_per_s']:,.0f} tokens per second at ratio 8 "
+            f"({many['requests']} requests at once), {few['tokens_per_s']:,.0f} dense ({few['requests']} at once), "
+            f"{many['tokens_per_s'] / few['tokens_per_s']:.1f} times as many."
+        )
+
+
+def _serving(found: dict[str, Row]) -> Iterable[str]:
+    """Wall-clock times of whole workloads."""
+    if not found:
+        return
+    yield (
+        "## End to end\n\nThrough `LLM`, prompts, sampling and scheduling included (`sparsekv bench serve`). vLLM "
+        "0.26.0: constants for the same requests, dense, not of this run."
+    )
+    if "start" in found:
+        start = found["start"]
+        yield (
+            f"The slowest start of an engine here took {start['start_s']:.0f} s ({start['shape']}, ratio "
+            f"{start['ratio']:g}); vLLM's {VLLM_SERVE['start']} s without compile caches."
+        )
+    lines = []
+    for work, r in found.items():
+        if work != "start":
+            what = f"{r['requests'] * r['samples']} x ({r['prompt']}, {r['output']})"
+            gaps = f"{r['gap_ms_median']:.1f}, {r['gap_ms_p99']:.1f}" if "gap_ms_p99" in r else "-"
+            theirs = f"{VLLM_SERVE[work]:.2f}" if work in VLLM_SERVE else "-"
+            figures = (f"{r['ratio_held']:.2f}", f"{r['seconds']:.2f}", f"{r['tokens_per_s']:,.0f}")
+            lines.append((work, r["shape"], what, *figures, theirs, gaps))
+    head = ("work", "shape", "requests x (in, out)", "ratio held", "s", "tokens/s", "vLLM BF16, s")
+    yield table((*head, "ms between tokens, median and p99"), lines)
 
 
 def full(rows: list[Row]) -> str:
     """Everything that `bench.suite` measures."""
     first = rows[0]
-    kinds = {kind: [r for r in rows if r["bench"] == kind] for kind in ("decode", "prefill", "serve")}
+    kinds = {kind: [r for r in rows if r["bench"] == kind] for kind in ("decode", "prefill")}
     steps = ("shape", "batch x context", "ratio 8", "roofline", "over it", "over bytes read", "dense here")
     steps += ("dense roofline", "vLLM BF16", "vLLM FP8", "dense held")
     targets = against_targets(rows)
@@ -142,20 +176,7 @@ def full(rows: list[Row]) -> str:
         "the same without an untied embedding, of which a step reads a row a token. vLLM 0.26.0: constants, not of "
         "this run. Dense held: share of the context that the dense rows held.",
         table(steps, _step_lines(rows)),
-        "## Throughput\n\nA fixed memory for keys and values, the largest batch that fits.",
-        table(
-            ("ratio", "memory", "batch", "ms of four steps", "tokens/s"),
-            [
-                (
-                    f"{r['ratio']:g}",
-                    f"{r['memory'] >> 30} GiB",
-                    r["batch"],
-                    ", ".join(f"{ms:.1f}" for ms in r["step_ms"]),
-                    f"{r['tokens_per_s']:,.0f}",
-                )
-                for r in kinds["serve"]
-            ],
-        ),
+        *_serving(served(rows)),
         "## Plain Transformers\n\nThe same decode step, dense, SDPA.",
         table(
             ("cache", "batch x context", "ms"),

@@ -15,18 +15,19 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparsekv.bench.fill import fill, pages_for, spread_lengths
+from sparsekv.attend import Executor, allocate, choose_page_size
+from sparsekv.bench.fill import fill, pages_for, remember, spread_lengths
 from sparsekv.bench.shapes import Shape
 from sparsekv.bench.timing import copy_bandwidth, median_ms
-from sparsekv.cache.pages import PagePool
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.engine.device.cache import EngineCache
 from sparsekv.engine.device.graphs import DecodeGraphs, compiled_decode
 from sparsekv.modeling.attach import attach, heads
-from sparsekv.modeling.contexts import dense
+from sparsekv.policies import Policy, make_policy
+from sparsekv.policies.dms import DMSPolicy
+from sparsekv.policies.quest import DENSE_LAYERS, DMSQuestPolicy, QuestPolicy
 from sparsekv.provenance import environment
 
-PAGE_SIZE = 32
 SLACK_STEPS = 256
 """Decode steps that a filled cache has room for: warm-up and repeats append tokens too."""
 IN_A_ROW = 8
@@ -48,31 +49,31 @@ def weight_bytes(model: Any) -> tuple[int, int]:
 
 
 class StepBench:
-    """One model, compiled once, stepped over caches of any size and ratio."""
+    """One model, compiled once, stepped over caches of any size, policy and ratio."""
 
     def __init__(self, shape: Shape, *, window: int, context: int, device: torch.device, dtype: torch.dtype) -> None:
         self.shape, self.window, self.device, self.dtype = shape, window, device, dtype
-        self.model = random_model(shape, context=context + SLACK_STEPS, device=device, dtype=dtype)
+        self.context = context + SLACK_STEPS
+        self.model = random_model(shape, context=self.context, device=device, dtype=dtype)
         self.weights = weight_bytes(self.model)
         self.attachment = attach(self.model, policy="dms", window=window)
+        self.head_shape = self.attachment.head_shape(dtype)
         self.copy = copy_bandwidth(device)
-        self.cache = EngineCache(self.attachment, self._empty(1, 1, pages=1))
+        self.cache = EngineCache(self.attachment, self._empty(Policy(), 1, 1, pages=1))
         self.forward = compiled_decode(self.model, self.cache)
 
-    def run(self, *, batch: int, context: int, ratio: float, seed: int = 0, kernels: int = 0) -> dict[str, Any]:
+    @torch.no_grad()
+    def run(
+        self, *, batch: int, context: int, ratio: float, policy: str = "dms", seed: int = 0, kernels: int = 0
+    ) -> dict[str, Any]:
         """Median milliseconds of a step of `batch` sequences that have seen `context` tokens and hold context / ratio.
 
-        ratio 1 is dense attention: no marks, no rings. kernels: how many of the longest-running kernels to list.
+        ratio 1 is dense attention: no marks, no rings. Quest holds all and reads context / ratio; DMS + Quest reads a
+        quarter of what it holds. kernels: how many of the longest-running kernels to list.
         """
-        if ratio > 1:
-            return self._run(batch, context, ratio, seed, kernels)
-        with dense(self.model):
-            return self._run(batch, context, ratio, seed, kernels)
-
-    @torch.no_grad()
-    def _run(self, batch: int, context: int, ratio: float, seed: int, kernels: int) -> dict[str, Any]:
-        live, used = self._fill(batch, context, ratio, seed)
-        graphs = DecodeGraphs(self.forward, self.cache, sizes=[batch])
+        method = self.policy(policy, context, ratio)
+        live, used = self._fill(method, batch, context, ratio, seed)
+        graphs = DecodeGraphs(self.forward, self.cache, sizes=[batch], max_tokens=self.context)
         ids = torch.randint(0, self.shape.vocabulary, (batch,), device=self.device)
         rows = torch.arange(batch, device=self.device)
         positions = torch.full((batch,), context, device=self.device)
@@ -85,10 +86,23 @@ class StepBench:
                 step()
 
         ms = median_ms(steps, self.device, repeats=10) / IN_A_ROW
-        result = self._report(batch, context, ratio, ms=ms, live=live, used=used) | {"seed": seed}
+        result = self._report(batch, context, ratio, ms=ms, live=live, used=used)
+        result |= {"policy": "dense" if ratio == 1 else policy, "seed": seed}
         if kernels:
             result["kernels"] = kernel_times(step, most=kernels)
         return result
+
+    def policy(self, name: str, context: int, ratio: float) -> Policy:
+        """By name, holding (Quest: reading) context / ratio tokens."""
+        own = self.attachment.policy
+        assert isinstance(own, DMSPolicy)
+        if ratio == 1:
+            return Policy()
+        if name == "dms":
+            return own
+        if name == "dms-quest":
+            return DMSQuestPolicy(own.sources, window=self.window, budget=math.ceil(context / ratio / 4))
+        return make_policy(name, cr=ratio, tokens=context)
 
     def _report(self, batch: int, context: int, ratio: float, *, ms: float, live: int, used: int) -> dict[str, Any]:
         total, read = self.weights
@@ -111,36 +125,65 @@ class StepBench:
             **environment(self.device),
         }
 
-    def _fill(self, batch: int, context: int, ratio: float, seed: int) -> tuple[int, int]:
-        """Replace the cache's rows; returns the bytes of live keys and values, and of the pages and rings they take."""
-        shape, generator = self.shape, torch.Generator().manual_seed(seed)
-        count, mean = batch * shape.kv_heads, context / ratio
+    def _fill(self, policy: Policy, batch: int, context: int, ratio: float, seed: int) -> tuple[int, int]:
+        """Replace the cache's rows; returns the bytes of keys, values and bounds that a step reads, and of the pages
+        and rings that they take."""
+        generator = torch.Generator().manual_seed(seed)
+        lengths = self._lengths(policy, batch, context, ratio, generator)
+        longest, size = int(lengths.max()), choose_page_size([policy], None)
+        pages, slack = pages_for(lengths, size), math.ceil(SLACK_STEPS / size) * lengths.numel()
+        ragged = self.set_cache(policy, rows=batch, tokens=longest + SLACK_STEPS, pages=pages + slack)
+        fill(ragged, lengths, generator, seen=context, marked=1.0 if policy.name == "streaming" else 1 - 1 / ratio)
+        remember(ragged, context)
+        mark_at(self.model, ratio)
+        rings = sum(ring.numel() * ring.element_size() for ring in ragged.rings)
+        return self._read_bytes(policy, lengths, size), pages * ragged.pool.page_bytes + rings
+
+    def set_cache(self, policy: Policy, *, rows: int, tokens: int, pages: int) -> RaggedCache:
+        """Replace the cache by an empty one."""
+        self.cache.executor = Executor(self._empty(policy, 1, 1, pages=1), [], count_reads=False)  # free the last pool
+        ragged = self._empty(policy, rows, tokens, pages=pages)
+        self.cache.executor = Executor(ragged, [policy] * self.shape.layers, count_reads=policy.selects)
+        return ragged
+
+    def _lengths(self, policy: Policy, batch: int, context: int, ratio: float, generator: torch.Generator) -> Tensor:
+        """int64 [layers, batch, kv_heads]: what each head holds."""
+        shape, count, mean = self.shape, batch * self.shape.kv_heads, context / ratio
+        if not isinstance(policy, DMSPolicy):
+            held = policy.most_held(0, prompt=0, tokens=context) if policy.frees else context
+            if policy.name == "snapkv":
+                held = math.ceil(mean)
+            return torch.full((shape.layers, batch, shape.kv_heads), held)
         longest = math.ceil(min(context, 8 * mean))
         draws = [spread_lengths(count, mean, longest, generator, least=self.window) for _ in range(shape.layers)]
-        lengths = torch.stack(draws).view(shape.layers, batch, shape.kv_heads)
-        pages = pages_for(lengths, PAGE_SIZE)
-        self.cache.ragged = self._empty(1, 1, pages=1)  # free the last pool before the next is taken
-        slack = math.ceil(SLACK_STEPS / PAGE_SIZE) * lengths.numel()
-        ragged = self._empty(batch, longest + SLACK_STEPS, pages=pages + slack)
-        fill(ragged, lengths, generator, seen=context, marked=1 - 1 / ratio)
-        self._mark_at(ratio)
-        self.cache.ragged = ragged
-        rings = sum(ring.numel() * ring.element_size() for ring in ragged.rings)
-        live = 2 * int(lengths.sum()) * shape.head_dim * self.dtype.itemsize
-        return live, pages * ragged.pool.page_bytes + rings
+        return torch.stack(draws).view(shape.layers, batch, shape.kv_heads)
 
-    def _empty(self, rows: int, tokens: int, *, pages: int) -> RaggedCache:
-        shape = self.shape
-        pool = PagePool(pages, page_size=PAGE_SIZE, head_dim=shape.head_dim, dtype=self.dtype, device=self.device)
-        windows = [attached.policy.window(attached.layer) for attached in self.attachment.layers]
-        return RaggedCache(pool, windows, kv_heads=shape.kv_heads, rows=rows, max_tokens=tokens)
+    def _read_bytes(self, policy: Policy, lengths: Tensor, page_size: int) -> int:
+        vector = self.shape.head_dim * self.dtype.itemsize
+        if not isinstance(policy, QuestPolicy | DMSQuestPolicy):
+            return 2 * int(lengths.sum()) * vector
+        chosen = lengths[DENSE_LAYERS:]
+        read = int(lengths[:DENSE_LAYERS].sum()) + int(chosen.clamp(max=policy.count * page_size).sum())
+        return 2 * (read + pages_for(chosen, page_size)) * vector
 
-    def _mark_at(self, ratio: float) -> None:
-        """Mark a share 1 - 1 / ratio of tokens by chance: a normalised input under a unit weight is a normal number."""
-        if ratio > 1:
-            for head in heads(self.model):
-                torch.nn.init.normal_(head.weight, std=head.weight.shape[1] ** -0.5)
-                torch.nn.init.constant_(head.bias, NormalDist().inv_cdf(1 - 1 / ratio))
+    def _empty(self, policy: Policy, rows: int, tokens: int, *, pages: int) -> RaggedCache:
+        return allocate(
+            [policy] * self.shape.layers,
+            self.head_shape,
+            pages=pages,
+            page_size=choose_page_size([policy], None),
+            rows=rows,
+            max_tokens=tokens,
+            device=self.device,
+        )
+
+
+def mark_at(model: PreTrainedModel, ratio: float) -> None:
+    """Mark a share 1 - 1 / ratio of tokens by chance: a normalised input under a unit weight is a normal number."""
+    if ratio > 1:
+        for head in heads(model):
+            torch.nn.init.normal_(head.weight, std=head.weight.shape[1] ** -0.5)
+            torch.nn.init.constant_(head.bias, NormalDist().inv_cdf(1 - 1 / ratio))
 
 
 def kernel_times(step: Callable[[], Any], *, most: int, steps: int = 5) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 
 from sparsekv.bench.kernels import bench_decode, bench_prefill
 from sparsekv.bench.rivals import KINDS, bench_transformers_step
-from sparsekv.bench.serve import bench_serve
+from sparsekv.bench.serve import WORKS, bench_serve
 from sparsekv.bench.shapes import shape_of
 from sparsekv.bench.step import StepBench, random_model
 
@@ -62,8 +62,6 @@ def run(device: torch.device, dtype: torch.dtype, keep: Callable[[dict[str, Any]
             keep(
                 bench.run(batch=batch, context=context, ratio=ratio, kernels=20 if (batch, ratio) == (8, RATIO) else 0)
             )
-    for ratio in (RATIO, 1.0):
-        keep(bench_serve(bench, memory=40 * 2**30, prompt=1024, output=8192, ratio=ratio))
     bench = StepBench(small, window=WINDOW, context=32768, device=device, dtype=dtype)
     for batch, context in SMALL_STEPS:
         keep(bench.run(batch=batch, context=context, ratio=RATIO, kernels=20 if batch == 8 else 0))
@@ -75,6 +73,11 @@ def run(device: torch.device, dtype: torch.dtype, keep: Callable[[dict[str, Any]
         gc.collect()
         torch.cuda.empty_cache()
         keep(bench_transformers_step(model, large, batch=8, context=32768, kind=kind))
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    for result in bench_serve(WORKS, device=device, dtype=dtype):
+        keep(result)
 
 
 if __name__ == "__main__":

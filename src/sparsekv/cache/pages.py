@@ -114,6 +114,15 @@ class PagePool:
         self.free[free : free + len(freed)] = freed
         self.free_count += len(freed)
 
+    def reset(self) -> None:
+        """Take every page away from its owners, in place."""
+        first = self.pages - 1
+        self.free.copy_(torch.arange(first, first - len(self.free), -1, dtype=torch.int32, device=self.free.device))
+        self.free_count.fill_(self.pages)
+        self.extra_owners.zero_()
+        for name, tensor in self.state.items():
+            tensor.fill_(self.states[name].fill)
+
     def shortage(self, needed: int) -> str:
         """The sentence for a request that does not fit."""
         size = self.page_bytes

@@ -1,7 +1,7 @@
 """Keep some slots of each head and free the pages that are left over: on the device, for all rows and heads at once.
 
-The kept slots move together in their order. Nothing here waits for the device: kept slots come first in a stable sort,
-slots behind them are copied onto themselves, and freed page ids are scattered onto the free stack.
+The kept slots move together in their order. Nothing here waits for the device: slots behind them are copied onto
+themselves, and freed page ids are scattered onto the free stack.
 """
 
 import torch
@@ -22,7 +22,8 @@ def prune(cache: RaggedCache, index: int, rows: Tensor, keep: Tensor) -> None:
     length = cache.lengths[index][rows][..., None]
     keep = keep & (slot < length)
     left = keep.sum(-1, keepdim=True, dtype=torch.int32)
-    order = torch.sort((~keep).int(), dim=-1, stable=True).indices
+    rank = torch.where(keep, keep.cumsum(-1) - 1, width)  # the others go to a place of no use
+    order = rank.new_zeros(*rank.shape[:-1], width + 1).scatter_(-1, rank, slot.expand_as(rank))[..., :width]
     source = torch.where(slot < left, order, slot)
     live = slot < length
     source, target = (torch.where(live, x, 0) for x in (source, slot.expand_as(source)))

@@ -93,6 +93,13 @@ class RaggedCache:
         """Free all pages of all rows."""
         self.release(torch.arange(self.rows, device=self.lengths.device))
 
+    def reset(self) -> None:
+        """Empty all rows without asking what they own, after a forward that failed half-way. In place."""
+        self.pool.reset()
+        self.lengths.zero_()
+        self.tickets.zero_()
+        self.clear()
+
     def select(self, indices: Tensor) -> None:
         """Row i becomes an exact copy of row indices[i] (int64 [n]); unnamed rows are freed and n rows are left.
 

@@ -2,10 +2,12 @@
 
 decode and prefill time whole forwards against plain Transformers (bench/plain.py), or with --shape the attention
 kernels alone, at random (bench/kernels.py). step, serve and suite time an engine with random weights, on a GPU. train
-times attention with the gate beside FlexAttention, and the whole step of a retrofit (bench/train.py).
+times attention with the gate beside FlexAttention, and the whole step of a retrofit (bench/train.py). host times what
+the engine does in a step beside the device, on any machine (bench/host.py).
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,41 +90,66 @@ def step(
     batch: _Batch = 8,
     context: Annotated[int, Option(help="Tokens that each sequence has seen.", min=1)] = 32768,
     cr: _Ratio = 8.0,
+    policy: Annotated[list[str] | None, Option(help="dms (the default), tova, quest, ... Repeatable.")] = None,
     window: _Window = 64,
     kernels: Annotated[int, Option(help="List so many of the longest kernels.", min=0)] = 0,
     seed: _Seed = 0,
     as_json: _Json = False,
 ) -> None:
-    """A whole decode step of the engine beside its roofline; --cr 1 is dense."""
+    """A whole decode step of the engine beside its roofline; --cr 1 is dense. Every policy holds context / cr tokens
+    (Quest reads so many), and runs in the same model, compiled once."""
+    from sparsekv.policies.registry import describe
+
+    policies = policy or ["dms"]
+    for name in policies:
+        describe(name)
     bench = _step_bench(shape, window=window, context=context, least=context, cr=cr)
-    result = bench.run(batch=batch, context=context, ratio=cr, seed=seed, kernels=kernels)
-    text = (
-        f"{result['ms']:.2f} ms a step, {result['over_roofline']:.2f} times its roofline of "
-        f"{result['roofline_ms']:.2f} ms; the dense roofline is {result['dense_roofline_ms']:.2f} ms"
-    )
-    listed = [f"{k['ms']:8.3f} ms {k['launches']:4.0f} x {k['kernel']}" for k in result.get("kernels", [])]
-    typer.echo(json.dumps(result) if as_json else "\n".join([text, *listed]))
+    for name in policies:
+        result = bench.run(batch=batch, context=context, ratio=cr, policy=name, seed=seed, kernels=kernels)
+        text = (
+            f"{result['policy']}: {result['ms']:.2f} ms a step, {result['over_roofline']:.2f} times its roofline of "
+            f"{result['roofline_ms']:.2f} ms; the dense roofline is {result['dense_roofline_ms']:.2f} ms"
+        )
+        listed = [f"{k['ms']:8.3f} ms {k['launches']:4.0f} x {k['kernel']}" for k in result.get("kernels", [])]
+        typer.echo(json.dumps(result) if as_json else "\n".join([text, *listed]))
 
 
 def serve(
-    shape: _Shape = "qwen3-8b",
-    kv_memory: Annotated[str, Option(help="Memory for keys and values.")] = "40GiB",
-    prompt_tokens: Annotated[int, Option(help="Tokens that each sequence reads.", min=1)] = 1024,
-    output_tokens: Annotated[int, Option(help="Tokens that each sequence writes.", min=1)] = 8192,
-    cr: _Ratio = 8.0,
-    window: _Window = 64,
+    rows: Annotated[str | None, Option(help="Which rows, by name and with commas between; default: all.")] = None,
+    arrivals: Annotated[
+        float | None, Option(help="Requests a second, at random moments; default: as each row says.", min=0.01)
+    ] = None,
     seed: _Seed = 0,
     as_json: _Json = False,
 ) -> None:
-    """Generated tokens per second at the largest batch that fits the memory; --cr 1 is dense."""
-    from sparsekv.bench.serve import bench_serve
-    from sparsekv.cache.pages import parse_bytes
+    """Requests in, tokens out, by the clock on the wall: a line for each row as it is done, and for each start of an
+    engine. Rows: short-greedy, short-temperature, short-top-p, churn-8, arrivals-8, middle-8, churn-1, long-1, long-8,
+    chains-1, chains-8; the last number is the compression ratio, and short ones have 8."""
+    from dataclasses import replace
 
-    memory = parse_bytes(kv_memory)
-    bench = _step_bench(shape, window=window, context=prompt_tokens + output_tokens, least=prompt_tokens, cr=cr)
-    result = bench_serve(bench, memory=memory, prompt=prompt_tokens, output=output_tokens, ratio=cr, seed=seed)
-    text = f"{result['tokens_per_s']:.0f} tokens per second in steps of {result['batch']} sequences"
-    typer.echo(json.dumps(result) if as_json else text)
+    from sparsekv.bench.serve import WORKS, bench_serve, works_of
+
+    works = WORKS if rows is None else works_of([name.strip() for name in rows.split(",")])
+    if arrivals is not None:
+        works = [replace(work, arrivals=arrivals) for work in works]
+    _check_gpu()
+    import torch
+
+    for result in bench_serve(works, device=torch.device("cuda"), dtype=torch.bfloat16, seed=seed):
+        typer.echo(json.dumps(result) if as_json else _serve_text(result))
+        sys.stdout.flush()  # a run that is cut short has shown what it has
+
+
+def _serve_text(result: dict[str, Any]) -> str:
+    if result["work"] == "start":
+        return (
+            f"an engine of {result['shape']} at ratio {result['ratio']:g}: ready in {result['start_s']:.1f} s, "
+            f"first requests in {result['first_requests_s']:.1f} s"
+        )
+    text = f"{result['work']}: {result['seconds']:.2f} s, {result['tokens_per_s']:,.0f} tokens per second"
+    if "gap_ms_p99" in result:
+        text += f"; between tokens {result['gap_ms_median']:.1f} ms in the median, {result['gap_ms_p99']:.1f} at p99"
+    return text
 
 
 def train(
@@ -175,6 +202,25 @@ def _train_text(result: dict[str, Any]) -> str:
     return "\n".join(lines + ([result["note"]] if "note" in result else []))
 
 
+def host(
+    shape: _Shape = "qwen3-8b",
+    steps: Annotated[int, Option(help="Steps to time.", min=1)] = 50,
+    as_json: _Json = False,
+) -> None:
+    """The engine's own work in a decode step, over a device that answers at once: 64 and 256 sequences, after 0 and
+    8,192 tokens of output, with text for a stop string, as streams, and without."""
+    from sparsekv.bench.host import TEXTS, bench_host
+    from sparsekv.bench.shapes import shape_of
+
+    found = shape_of(shape)
+    for sequences in (64, 256):
+        for output in (0, 8192):
+            for text in TEXTS:
+                result = bench_host(found, sequences=sequences, output=output, text=text, steps=steps)
+                line = f"{result['ms']:.2f} ms a step of {sequences} sequences after {output} tokens, text: {text}"
+                typer.echo(json.dumps(result) if as_json else line)
+
+
 def suite(
     out: Annotated[Path, Argument(help="JSON lines, one a figure.")],
     commit: Annotated[str | None, Option(help="Written to each line; default: what git says.")] = None,
@@ -186,7 +232,7 @@ def suite(
     raise typer.Exit(main([str(out), *([commit] if commit else [])]))
 
 
-for _command in (decode, prefill, step, serve, train, suite):
+for _command in (decode, prefill, step, serve, train, host, suite):
     app.command(_command.__name__)(with_config(_command))
 
 

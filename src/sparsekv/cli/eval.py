@@ -1,98 +1,154 @@
-"""`sparsekv eval`: perplexity, divergence from dense, and retrieval, each beside its measured ratio."""
+"""`sparsekv eval`: what a method costs, each score beside the ratio, bytes and reads that were measured with it."""
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from sparsekv.cli.models import attach_from_options, open_model
-from sparsekv.evals.settings import EvaluationConfig
+from sparsekv.cli.models import open_model, setting_of
+from sparsekv.evals.settings import MeasurementConfig
 
 if TYPE_CHECKING:
-    from sparsekv.evals.evaluate import Point
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparsekv.evals.methods.rows import Row
+    from sparsekv.evals.methods.setting import Setting
+
+PERPLEXITY = "perplexity"
+KINDS = {
+    "passkey": "pass key",
+    "unseen": "unseen",
+    "look-up": "look-up",
+    "multi-needle": "multi-needle",
+    "variable-tracking": "variable tracking",
+}
+"""Task -> kind of retrieval."""
 
 
 def command(
     model: Annotated[str, Argument(help="smollm2-135m, a folder, or a hub id.")],
+    policy: Annotated[str | None, Option(help="The method; see `sparsekv policies`. Default: dense, or dms.")] = None,
     adapter: Annotated[str | None, Option(help="Trained eviction heads: a folder or a hub id.")] = None,
-    cr: Annotated[list[float] | None, Option(help="Compression ratio of the adapter. Repeatable.")] = None,
-    policy: Annotated[str | None, Option(help="A policy without training, such as streaming.")] = None,
-    budget: Annotated[int | None, Option(help="Tokens that the policy may hold per head.")] = None,
+    cr: Annotated[
+        list[float] | None,
+        Option(help="Compression ratio: of the adapter, or budget = (prompt + output tokens) / cr. Repeatable."),
+    ] = None,
+    budget: Annotated[int | None, Option(help="Tokens that the policy may hold per head, or Quest read.")] = None,
+    option: Annotated[list[str] | None, Option(help="Another of the policy's, such as sinks=8. Repeatable.")] = None,
+    tasks: Annotated[
+        str,
+        Option(
+            help="perplexity, passkey, unseen, look-up, multi-needle, variable-tracking; lm-evaluation-harness's by "
+            "name, or a YAML file."
+        ),
+    ] = "perplexity,passkey,unseen",
     text: Annotated[
         str, Option(help="encyclopedia, handbook, bible, a text file, or a folder of .txt files.")
     ] = "encyclopedia",
     rows: Annotated[int, Option(help="Held-out texts for perplexity and divergence.")] = 2,
-    length: Annotated[int, Option(help="Tokens of each.")] = 2048,
-    items: Annotated[int, Option(help="Retrieval items of each kind and context.")] = 4,
-    contexts: Annotated[str, Option(help="Tokens of the retrieval items, with commas between.")] = "1024,2048",
-    kinds: Annotated[str, Option(help="Of retrieval: pass key, unseen, look-up.")] = "pass key,unseen",
-    answers: Annotated[str, Option(help="Retrieval teacher-forced (forced), or generated token by token.")] = "forced",
+    length: Annotated[int, Option(help="Tokens of each; the second half is scored.")] = 2048,
     other_texts: Annotated[str, Option(help="Texts of other domains, such as handbook,bible.")] = "",
     long_lengths: Annotated[str, Option(help="Further lengths of held-out text, such as 4096,8192.")] = "",
     same_ratio: Annotated[
-        bool, Option(help="Dial each text to the ratio asked for, instead of one offset for all.")
+        bool, Option(help="Dial an adapter to the ratio on each text, instead of one offset for all.")
     ] = False,
-    batch: Annotated[int, Option(help="Texts of one forward.")] = 1,
-    seconds: Annotated[float, Option(help="No further ratio is begun after this time.")] = 3600.0,
-    seed: Annotated[int, Option(help="Seed of the retrieval items.")] = 0,
-    eviction: Annotated[str, Option(help="cache, the real one, or mask: the same rule without it.")] = "cache",
-    as_json: Annotated[bool, Option("--json", help="Print the scores as JSON.")] = False,
+    by: Annotated[str, Option(help="Text scored by steps, one prefill, or auto: steps where needed.")] = "auto",
+    items: Annotated[int, Option(help="Retrieval items of each task and context.")] = 4,
+    contexts: Annotated[str, Option(help="Tokens of the retrieval items, with commas between.")] = "1024,2048",
+    answers: Annotated[str, Option(help="Retrieval's answers: forced, or generated.")] = "forced",
+    limit: Annotated[int | None, Option(help="Documents of each lm-evaluation-harness task.")] = None,
+    batch: Annotated[int, Option(help="Sequences at once.")] = 1,
+    seconds: Annotated[float, Option(help="No further setting is begun after this time.")] = 3600.0,
+    seed: Annotated[int, Option(help="Of the retrieval items and of policies that draw.")] = 0,
+    dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    as_json: Annotated[bool, Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
-    """Measure what a ratio costs on the held-out part of a text, teacher-forced through the real cache."""
-    settings = EvaluationConfig(
-        ratios=cr or [2.0, 4.0, 8.0],
+    """Measure what a method costs, beside the dense model in the same run, through the real cache."""
+    names = _names(tasks)
+    if not names:
+        raise ValueError(f"--tasks is empty; name some of {', '.join([PERPLEXITY, *KINDS])}, or a harness task")
+    config = MeasurementConfig(
+        text=PERPLEXITY in names,
+        kinds=[KINDS[name] for name in names if name in KINDS],
         rows=rows,
         length=length,
-        items=items,
-        contexts=_numbers("contexts", contexts),
-        kinds=_names(kinds),
-        answers=answers,
-        other_texts=_names(other_texts),
         long_lengths=_numbers("long-lengths", long_lengths),
         same_ratio=same_ratio,
-        eviction=eviction,
+        by=by,
+        items=items,
+        contexts=_numbers("contexts", contexts),
+        answers=answers,
         batch=batch,
         seconds=seconds,
         seed=seed,
     )
-    if adapter is None and cr:
-        raise ValueError("--cr picks a ratio of a trained adapter: pass --adapter too, or --policy with --budget")
+    settings = [
+        setting_of(adapter=adapter, policy=policy, cr=ratio, budget=budget, options=option, seed=seed)
+        for ratio in cr or [None]
+    ]
+    harness = [name for name in names if name not in (PERPLEXITY, *KINDS)]
+    _check_harness(harness)
+    loaded, tokenizer = open_model(model, dtype=dtype)
+    settings[0].attach(loaded)
+    settings = [setting for setting in settings if setting.policy != "dense"]  # which is measured anyway
+    found: list[Row] = []
+
+    def show(row: "Row") -> None:
+        from sparsekv.evals.methods.rows import describe
+
+        found.append(row)
+        typer.echo(describe(row), err=as_json)
+
+    if config.text or config.kinds:
+        _measure_ours(loaded, tokenizer, settings, text=text, others=_names(other_texts), config=config, show=show)
+    if harness:
+        from sparsekv.evals.harness import measure_tasks
+
+        measure_tasks(loaded, tokenizer, settings, tasks=harness, limit=limit, batch=batch, seed=seed, on_row=show)
+    if as_json:
+        from sparsekv.provenance import environment
+
+        about = {"model": model, "adapter": adapter, "policy": policy, "text": text, "settings": asdict(config)}
+        typer.echo(json.dumps(about | environment(loaded.device) | {"rows": [row.to_dict() for row in found]}))
+
+
+def _check_harness(tasks: list[str]) -> None:
+    """Raises ValueError for tasks that are neither ours nor lm-evaluation-harness's."""
+    if not tasks:
+        return
+    try:
+        from sparsekv.evals.harness import load_tasks
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise ValueError(
+            f"--tasks {', '.join(tasks)}: these are not {', '.join([PERPLEXITY, *KINDS])}; for lm-evaluation-harness's "
+            "run pip install 'sparsekv[eval]'"
+        ) from None
+    load_tasks(tasks)
+
+
+def _measure_ours(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: list["Setting"],
+    *,
+    text: str,
+    others: list[str],
+    config: MeasurementConfig,
+    show: Any,
+) -> None:
     from sparsekv.evals.corpus import load_documents, other_documents
-    from sparsekv.evals.evaluate import Score, describe, evaluate
-    from sparsekv.provenance import environment
-
-    points = _points(adapter, settings.ratios)
-    loaded, tokenizer = open_model(model)
-    attach_from_options(loaded, adapter=adapter, cr=None, policy=policy, budget=budget)
-
-    def show(score: Score) -> None:
-        typer.echo(describe(score), err=as_json)
+    from sparsekv.evals.methods.measure import measure
 
     documents = load_documents([text])[1]
-    others = other_documents(settings.other_texts, trained_on=[text])
-    scores = evaluate(
-        loaded, tokenizer, documents=documents, points=points, settings=settings, others=others, on_score=show
-    )
-    if as_json:
-        values = [score.to_dict() for score in scores]
-        about = {"model": model, "adapter": adapter, "text": text, "settings": asdict(settings)}
-        typer.echo(json.dumps(about | environment(loaded.device) | {"scores": values}))
-        return
-    if len(scores) < len(points):
-        typer.echo(f"{len(points) - len(scores)} ratios were left out: the {seconds:g} seconds were over", err=True)
-
-
-def _points(adapter: str | None, ratios: list[float]) -> list["Point"]:
-    """The dial's settings for an adapter's ratios; the policy as it is where there is no adapter."""
-    from sparsekv.evals.evaluate import Point
-    from sparsekv.modeling.adapter import read_adapter
-
-    if adapter is None:
-        return [Point()]
-    table = read_adapter(adapter)[0]
-    return [Point(asked=ratio, offset=table.offset_for(ratio)) for ratio in ratios]
+    texts = other_documents(others, trained_on=[text])
+    rows = measure(model, tokenizer, settings, documents=documents, others=texts, config=config, on_row=show)
+    left = len(settings) + 1 - len(rows) // sum(row.policy == "dense" for row in rows)
+    if left:
+        typer.echo(f"{left} settings were left out: the {config.seconds:g} seconds were over", err=True)
 
 
 def _names(text: str) -> list[str]:

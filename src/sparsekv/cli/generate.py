@@ -1,4 +1,4 @@
-"""`sparsekv generate`: plain Transformers `generate` with a SparseCache; n samples fork one prefill."""
+"""`sparsekv generate`: a prompt continued by the engine, as `sparsekv.LLM` does it; n samples share one prefill."""
 
 import json
 import time
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from sparsekv.cli.models import attach_from_options, open_model, tokens_of
+from sparsekv.cli.models import open_model, setting_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sparsekv.cache.stats import KVStats
+    from sparsekv.engine.outputs import RequestKV
+    from sparsekv.evals.methods.setting import Setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,14 @@ class Generated:
     """What one prompt gave."""
 
     texts: list[str]
-    kv: "KVStats"
+    kv: "RequestKV"
+    """Over all samples."""
+    pages: int
+    """At the end, those that samples share counted for each."""
+    bytes: int
+    """Of those pages, what policies remember of them included."""
+    held: list[list[int]]
+    """[layers][kv_heads]: slots in use at the end, summed over samples."""
     prompt_tokens: int
     tokens: int
     """Generated tokens, over all samples."""
@@ -58,15 +65,17 @@ def command(
     model: Annotated[str, Argument(help="smollm2-135m, a folder, or a hub id.")],
     prompt: Annotated[str, Option(help="The text to continue, or with --chat the user's message.")],
     adapter: Annotated[str | None, Option(help="Trained eviction heads: a folder or a hub id.")] = None,
-    cr: Annotated[float | None, Option(help="Compression ratio of the adapter; 4 keeps a quarter.")] = None,
-    policy: Annotated[str | None, Option(help="A policy without training, such as streaming; default: dense.")] = None,
-    budget: Annotated[int | None, Option(help="Tokens that the policy may hold per head.")] = None,
-    window: Annotated[int | None, Option(help="Recent tokens that the policy always keeps.")] = None,
+    policy: Annotated[str | None, Option(help="The method; see `sparsekv policies`. Default: dense, or dms.")] = None,
+    cr: Annotated[
+        float | None, Option(help="Compression ratio: of the adapter, or budget = (prompt + --max-tokens) / cr.")
+    ] = None,
+    budget: Annotated[int | None, Option(help="Tokens that the policy may hold per head, or Quest read.")] = None,
+    option: Annotated[list[str] | None, Option(help="Another of the policy's, such as sinks=8. Repeatable.")] = None,
     n: Annotated[int, Option("--n", "-n", help="Samples; they share the prompt's cache.")] = 1,
     max_tokens: Annotated[int, Option(help="Tokens to generate per sample, at most.")] = 128,
     temperature: Annotated[float, Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, Option(help="Sample from the smallest set of tokens with this probability.")] = 1.0,
-    seed: Annotated[int, Option(help="Seed of the samples.")] = 0,
+    seed: Annotated[int, Option(help="Of the samples, and of a policy that draws.")] = 0,
     chat: Annotated[
         bool | None, Option("--chat/--raw", help="Use the chat template or the bare prompt; default: chat if any.")
     ] = None,
@@ -74,11 +83,12 @@ def command(
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     as_json: Annotated[bool, Option("--json", help="Print texts and statistics as JSON.")] = False,
 ) -> None:
-    """Continue a prompt with plain Transformers generation and a cache that forgets."""
+    """Continue a prompt with a cache that forgets."""
     sampling = Sampling(n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    setting = setting_of(adapter=adapter, policy=policy, cr=cr, budget=budget, options=option, seed=seed)
     loaded, tokenizer = open_model(model, dtype=dtype)
-    attach_from_options(loaded, adapter=adapter, cr=cr, policy=policy, budget=budget, window=window)
-    result = generate(loaded, tokenizer, prompt_ids(tokenizer, prompt, chat=chat), sampling=sampling, memory=kv_memory)
+    ids = prompt_ids(tokenizer, prompt, chat=chat)
+    result = generate(loaded, tokenizer, ids, setting=setting, sampling=sampling, memory=kv_memory)
     if as_json:
         typer.echo(json.dumps(_record(model, result), ensure_ascii=False))
         return
@@ -86,94 +96,80 @@ def command(
     typer.echo(_summary(result), err=True)
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, *, chat: bool | None) -> "Tensor":
-    """int64 [1, tokens]: the prompt, in the chat template if `chat` (None: if the tokenizer has one).
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, *, chat: bool | None) -> list[int]:
+    """The prompt's tokens, in the chat template if `chat` (None: if the tokenizer has one).
 
     Raises ValueError where a template is asked for and missing, or the prompt is empty.
     """
     if chat is None:
         chat = bool(tokenizer.chat_template)
-    if not chat:
-        return tokens_of(tokenizer, prompt)
-    if not tokenizer.chat_template:
-        raise ValueError("this model's tokenizer has no chat template; use --raw")
-    turns = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return tokens_of(tokenizer, str(text), special=False)
+    text = prompt
+    if chat:
+        if not tokenizer.chat_template:
+            raise ValueError("this model's tokenizer has no chat template; use --raw")
+        turns = [{"role": "user", "content": prompt}]
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    ids: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    if not ids:
+        raise ValueError("the text is empty: it has no tokens")
+    return ids
 
 
 def generate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    ids: "Tensor",
+    ids: list[int],
     *,
+    setting: "Setting",
     sampling: Sampling,
     memory: str | None = None,
 ) -> Generated:
-    """Continue one prompt, int64 [1, tokens], n times over one prefill of an attached model.
+    """Continue one prompt n times over one prefill.
 
-    Raises ValueError where prompt and generation exceed the model's context or the pool.
+    Raises ValueError where the model cannot be governed so, or prompt and generation exceed its context or the pool.
     """
     import torch
-    from transformers import GenerationConfig
 
-    from sparsekv.modeling.attach import attachment_of
-    from sparsekv.modeling.cache import SparseCache
+    from sparsekv.engine import LLM, SamplingParams
 
-    prompt_tokens, limit = ids.shape[1], attachment_of(model).max_tokens
-    if prompt_tokens + sampling.max_tokens > limit:
+    length = len(ids) + sampling.max_tokens
+    options = setting.arguments(tokens=length)
+    limit = model.config.get_text_config(decoder=True).max_position_embeddings
+    if length > limit:
         raise ValueError(
-            f"the prompt has {prompt_tokens} tokens and --max-tokens {sampling.max_tokens} would exceed the model's "
+            f"the prompt has {len(ids)} tokens and --max-tokens {sampling.max_tokens} would exceed the model's "
             f"context of {limit}; shorten the prompt or generate fewer tokens"
         )
-    ends = _ends(model, tokenizer)
-    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
-    settings = GenerationConfig(
-        max_new_tokens=sampling.max_tokens,
-        do_sample=bool(sampling.temperature),
-        eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,
-        **sampled,
+    llm = LLM(model, tokenizer=tokenizer, kv_memory=memory, max_num_seqs=sampling.n, **options)
+    params = SamplingParams(
+        n=sampling.n,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
     )
-    torch.manual_seed(sampling.seed)
-    ids = ids.to(model.device)
-    cache = SparseCache(model, kv_memory=memory)
     start = time.perf_counter()
-    with torch.inference_mode():
-        if prompt_tokens > 1 and sampling.n > 1:  # generate() prefills the last token of the prompt, in every fork
-            model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
-            cache.batch_repeat_interleave(sampling.n)
-        batch = ids.expand(sampling.n, -1)
-        write: Any = model.generate
-        out = write(batch, attention_mask=torch.ones_like(batch), past_key_values=cache, generation_config=settings)
-    new = [_until_end(row, ends) for row in out[:, prompt_tokens:].tolist()]
+    (output,) = llm.generate(ids, params, keep=True)
+    seconds = time.perf_counter() - start
+    states = [sample.session.state for sample in output.outputs if sample.session is not None]
     return Generated(
-        texts=tokenizer.batch_decode(new, skip_special_tokens=True),
-        kv=cache.stats(),
-        prompt_tokens=prompt_tokens,
-        tokens=sum(len(row) for row in new),
-        seconds=time.perf_counter() - start,
+        texts=[sample.text for sample in output.outputs],
+        kv=output.kv,
+        pages=sum(state.pages for state in states),
+        bytes=sum(state.bytes for state in states),
+        held=torch.stack([state.lengths for state in states]).sum(0).tolist(),
+        prompt_tokens=len(ids),
+        tokens=sum(len(sample.token_ids) for sample in output.outputs),
+        seconds=seconds,
     )
 
 
-def _ends(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The tokens that end a text."""
-    found: Any = getattr(model.generation_config, "eos_token_id", None)
-    if found is None:
-        found = tokenizer.eos_token_id
-    return [found] if isinstance(found, int) else list(found or [])
-
-
-def _until_end(tokens: list[int], ends: list[int]) -> list[int]:
-    """Tokens up to and with the first end; what follows is padding."""
-    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]
-
-
-def _record(model: str, result: Generated) -> dict[str, object]:
+def _record(model: str, result: Generated) -> dict[str, Any]:
+    kept = {"pages": result.pages, "bytes": result.bytes, "held": result.held}
     return {
         "model": model,
         "texts": result.texts,
-        "kv": result.kv.to_dict(),
+        "kv": result.kv.to_dict() | kept,
         "prompt_tokens": result.prompt_tokens,
         "tokens": result.tokens,
         "seconds": result.seconds,
@@ -188,5 +184,5 @@ def _summary(result: Generated) -> str:
     return (
         f"{result.tokens} tokens in {result.seconds:.1f} s ({result.tokens / result.seconds:.1f}/s); the cache holds "
         f"{kv.tokens_held:.0f} of {kv.tokens_seen} tokens per head: ratio {kv.compression_ratio:.2f}, "
-        f"{human_bytes(kv.bytes)}"
+        f"{human_bytes(result.bytes)}"
     )

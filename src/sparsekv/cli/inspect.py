@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from sparsekv.cli.models import attach_from_options, check_length, open_model
+from sparsekv.cli.models import check_length, open_model
 from sparsekv.cli.output import check_target, write_text
 
 if TYPE_CHECKING:
@@ -30,8 +30,10 @@ def command(
     if html is not None:
         check_target(html)
     text = _read(file)
+    from sparsekv.modeling.attach import attach
+
     loaded, tokenizer = open_model(model)
-    attach_from_options(loaded, adapter=adapter, cr=cr, policy=None)
+    attach(loaded, adapter=adapter, cr=cr)
     inspected = inspect_text(loaded, tokenizer, text, title=file.name, model_name=model, adapter=adapter, cr=cr)
     if html is not None:
         from sparsekv.cli.inspect_page import build_page

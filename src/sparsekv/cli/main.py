@@ -23,6 +23,7 @@ _COMMANDS = {
     "retrofit": ("sparsekv.cli.retrofit", "Teach a model's attention heads which tokens they can forget."),
     "calibrate": ("sparsekv.cli.calibrate", "Measure an adapter's table of ratios."),
     "eval": ("sparsekv.cli.eval", "Score a model on tasks, with a cache that forgets."),
+    "policies": ("sparsekv.cli.policies", "The methods: what they do, need and free."),
     "inspect": ("sparsekv.cli.inspect", "Which head forgot which token of a text, as JSON or one HTML page."),
     "convert": (
         "sparsekv.cli.convert",

@@ -1,13 +1,16 @@
-"""Loading for commands: a model by name, folder or hub id, quietly; an adapter or a policy on it; a text as tokens."""
+"""Loading for commands: a model by name, folder or hub id, quietly; which method governs it."""
 
 import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparsekv.evals.methods.setting import Setting
 
 ADAPTERS = "adapters"
 """The repository's folder of trained adapters."""
@@ -41,28 +44,38 @@ def open_model(name: str, *, dtype: str = "auto") -> tuple["PreTrainedModel", "P
     return load_model(name, dtype=None if dtype == "auto" else dtype)
 
 
-def attach_from_options(
-    model: "PreTrainedModel",
+def setting_of(
     *,
     adapter: str | None,
-    cr: float | None,
     policy: str | None,
-    budget: int | None = None,
-    window: int | None = None,
-) -> None:
-    """Attach what a command's options ask for; with none of them, the dense policy.
+    cr: float | None,
+    budget: int | None,
+    options: list[str] | None = None,
+    seed: int | None = None,
+) -> "Setting":
+    """The setting that a command's options ask for: without any, dense. options: NAME=VALUE; seed: for a policy that
+    draws.
 
-    Raises ValueError where they do not fit each other or the model.
+    Raises ValueError for a choice that cannot be had.
     """
-    from sparsekv.modeling.attach import attach
+    from sparsekv.evals.methods.setting import Setting
+    from sparsekv.policies.registry import describe
 
-    if adapter is None and cr is not None:
-        raise ValueError("--cr picks a ratio of a trained adapter: pass --adapter too, or --policy with --budget")
-    if adapter is None and policy is None:
-        policy = "dense"
-    given = {"budget": budget, "window": window}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    attach(model, policy=policy, adapter=adapter, cr=cr, **options)
+    if adapter is None and policy is None and (cr is not None or budget is not None):
+        given = "--cr" if cr is not None else "--budget"
+        raise ValueError(f"{given} needs a method: pass --adapter, or --policy (see `sparsekv policies`)")
+    policy = policy or ("dense" if adapter is None else "dms")
+    given_options = dict(_option(text) for text in options or [])
+    if seed is not None and "seed" in describe(policy).options:
+        given_options = {"seed": seed} | given_options
+    return Setting(policy=policy, adapter=adapter, cr=cr, budget=budget, options=given_options)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"--option {text} has no '='; write --option NAME=VALUE, such as sinks=8")
+    return name.strip().replace("-", "_"), yaml.safe_load(value)
 
 
 def find_adapter(model_name: str) -> str:
@@ -78,16 +91,6 @@ def find_adapter(model_name: str) -> str:
         f"there is no {ADAPTERS}/{model_name} here; run this in a clone of the sparsekv repository, "
         "or pass --adapter with a folder that `sparsekv retrofit` has written"
     )
-
-
-def tokens_of(tokenizer: "PreTrainedTokenizerBase", text: str, *, special: bool = True) -> "Tensor":
-    """int64 [1, tokens]. Raises ValueError for a text without tokens."""
-    import torch
-
-    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
-    if not ids:
-        raise ValueError("the text is empty: it has no tokens")
-    return torch.tensor([ids])
 
 
 def check_length(tokens: int, limit: int) -> None:

@@ -12,6 +12,7 @@ from sparsekv.cache.state import HeadShape
 from sparsekv.engine.config import EngineConfig
 from sparsekv.engine.device.cache import EngineCache
 from sparsekv.engine.device.graphs import DecodeGraphs, buckets_up_to, compiled_decode, why_not_recordable
+from sparsekv.engine.device.memory import check_page_size, table_bytes, working_bytes
 from sparsekv.engine.device.runner import Runner
 from sparsekv.engine.engine import Engine
 from sparsekv.engine.schedule.ledger import Caps, Ledger
@@ -24,7 +25,8 @@ from sparsekv.policies import Policy
 log = logging.getLogger(__name__)
 
 GPU_SHARE, CPU_SHARE = 0.9, 0.5
-"""Fractions of the free memory for the pool where kv_memory is not given."""
+"""Parts of the free memory for the pool where kv_memory is not given; on a GPU of what tables, activations and graphs
+leave."""
 
 
 def build_engine(model: PreTrainedModel, config: EngineConfig, *, tokenizer: Any, ratio: float) -> Engine:
@@ -37,14 +39,23 @@ def build_engine(model: PreTrainedModel, config: EngineConfig, *, tokenizer: Any
     policies = [attached.policy for attached in attachment.layers]
     shape = attachment.head_shape(model.dtype)
     page_size = choose_page_size(policies, config.page_size)
+    check_page_size(page_size, device)
     peaks = [policy.most_in_prompt(layer, length) for layer, policy in enumerate(policies)]
+    columns = -(-max(peaks) // page_size)
+    beside = 0
+    if device.type == "cuda":
+        windows = [policy.window(layer) for layer, policy in enumerate(policies)]
+        beside = table_bytes(windows=windows, kv_heads=shape.kv_heads, rows=config.max_num_seqs, columns=columns)
+        sizes = buckets_up_to(config.max_num_seqs)
+        beside += working_bytes(model, rows=config.max_num_seqs, tokens=config.max_num_batched_tokens, sizes=sizes)
+    free, share = free_memory(device) - beside, GPU_SHARE if device.type == "cuda" else CPU_SHARE
     ragged = allocate(
         policies,
         shape,
-        pages=_pages(policies, shape, config, page_size=page_size, peaks=peaks, device=device),
+        pages=_pages(policies, shape, config, page_size=page_size, peaks=peaks, free=free, share=share),
         page_size=page_size,
         rows=config.max_num_seqs,
-        max_tokens=length,
+        max_tokens=max(peaks),
         device=device,
     )
     cache = EngineCache(attachment, ragged)
@@ -97,22 +108,24 @@ def _pages(
     *,
     page_size: int,
     peaks: list[int],
-    device: torch.device,
+    free: int,
+    share: float,
 ) -> int:
-    """How many pages the pool has. peaks: by layer, the slots that a head takes at most."""
+    """How many pages the pool has. peaks: by layer, the slots that a head takes at most; free: bytes of memory, of
+    which the pool takes `share` where nothing is said."""
     each = page_bytes(policies, shape, page_size=page_size)
     most = config.max_num_seqs * shape.kv_heads * sum(-(-peak // page_size) for peak in peaks)
-    size = _bytes(config.kv_memory, device)
+    size = _bytes(config.kv_memory, free=free, share=share)
     if size < each:
         raise ValueError(f"kv_memory of {human_bytes(size)} holds no page of {human_bytes(each)}; raise it")
     return min(size // each, most)
 
 
-def _bytes(size: int | str | float | None, device: torch.device) -> int:
+def _bytes(size: int | str | float | None, *, free: int, share: float) -> int:
     if size is None:
-        size = GPU_SHARE if device.type == "cuda" else CPU_SHARE
+        size = share
     if isinstance(size, float):
-        return int(free_memory(device) * size)
+        return int(free * size)
     return parse_bytes(size)
 
 

@@ -3,18 +3,25 @@
 With async scheduling one step is in flight while the one before is read back. A sequence whose end is then found has
 run one step too far: that token is dropped, and its place in the cache is that of the token it followed, so nothing is
 lost. Whatever changes rows (finish, fork, swap, cancel) first reads back what is in flight.
+
+One thread at a time, and no step is left half-way: after any exception `reset` makes the engine new (streams.py does).
 """
 
 import random
+import time
 from collections import deque
+from copy import deepcopy
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparsekv.cache.pages import human_bytes
-from sparsekv.engine.detokenizer import Detokenizer
+from sparsekv.engine.detokenizer import Detokenizer, decoder
 from sparsekv.engine.device.runner import Pending, Runner, StepResult
 from sparsekv.engine.finish import append_token
-from sparsekv.engine.outputs import RequestOutput, Session
+from sparsekv.engine.outputs import Session
 from sparsekv.engine.params import SamplingParams
 from sparsekv.engine.schedule.request import Request, Sequence, Status
 from sparsekv.engine.schedule.scheduler import GiveUp, Idle, RunStep, Scheduler, Settle, SwapIn, SwapOut
@@ -32,11 +39,12 @@ class Engine:
         max_model_len: int,
         vocab: int,
         eos: frozenset[int] = frozenset(),
-        tokenizer: object | None = None,
+        tokenizer: Any = None,
         async_scheduling: bool = False,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
+        self._new_scheduler = deepcopy(scheduler)
         self.max_model_len = max_model_len
         self.vocab = vocab
         self.eos = eos
@@ -50,6 +58,7 @@ class Engine:
         self._forks: list[tuple[Sequence, list[Sequence]]] = []
         self._touched: dict[Request, None] = {}
         self._reads = np.zeros((2, runner.ragged.rows + 1), dtype=np.int64)
+        self._decode_one = lru_cache(2**16)(lambda token: None if tokenizer is None else tokenizer.decode([token]))
 
     # What users of the engine call
 
@@ -74,6 +83,7 @@ class Engine:
         """
         tokens = [*session.tokens, *prompt] if session is not None else list(prompt)
         self._check(prompt, tokens, session)
+        self._check_tokens("logit_bias", list(params.logit_bias or ()))
         request_id = str(self.arrivals) if request_id is None else request_id
         if request_id in self.requests:
             raise ValueError(f"request id {request_id!r} is in use; choose another")
@@ -97,8 +107,8 @@ class Engine:
         self.scheduler.add(request.sequences[0])
         return request
 
-    def step(self) -> list[RequestOutput]:
-        """Run one step; returns the state of every request that it changed. Finished ones have freed their pages."""
+    def step(self) -> list[Request]:
+        """Run one step; returns every request that it changed. Finished ones have freed their pages."""
         self._advance()
         depth = 0 if any(_starts_samples(step) for step, _ in self._in_flight) else self.depth
         while len(self._in_flight) > depth:
@@ -106,16 +116,29 @@ class Engine:
         if self._ended or self._forks or not self._in_flight:
             self._settle()
         touched, self._touched = self._touched, {}
-        return [request.output() for request in touched]
+        return list(touched)
 
-    def abort(self, request_id: str) -> None:
-        """Cancel a request, if it is not finished yet, and free its pages at once."""
+    def abort(self, *request_ids: str) -> None:
+        """Cancel requests, those that are not finished yet, and free their pages at once."""
         self._settle()
-        request = self.requests.get(request_id)
-        if request is not None:
-            for sequence in request.sequences:
+        for request_id in request_ids:
+            request = self.requests.get(request_id)
+            for sequence in request.sequences if request is not None else ():
                 self._end(sequence, "abort")
-            self._settle()
+        self._settle()
+
+    def reset(self) -> None:
+        """Cancel every request and empty the cache, whatever state an exception left. Raises what the device raises."""
+        for request in self.requests.values():
+            for sequence in request.sequences:
+                if sequence.status is not Status.FINISHED:
+                    sequence.finish("abort")
+                sequence.row = sequence.swapped = None
+        for left in (self.requests, self._in_flight, self._ended, self._forks, self._touched):
+            left.clear()
+        self.scheduler = deepcopy(self._new_scheduler)
+        self._reads = np.zeros_like(self._reads)
+        self.runner.reset()
 
     # The loop
 
@@ -124,6 +147,9 @@ class Engine:
         while True:
             match self.scheduler.decide(in_flight=bool(self._in_flight)):
                 case RunStep() as step:
+                    for chunk in step.chunks:
+                        metrics = chunk.sequence.request.metrics
+                        metrics.first_scheduled_time = metrics.first_scheduled_time or time.time()
                     self._in_flight.append((step, self.runner.execute(step)))
                     self.scheduler.issued(step)
                     return
@@ -153,7 +179,7 @@ class Engine:
             if sequence.request.keep and sequence.finish_reason != "abort":
                 self._keep(sequence)
             row = self.scheduler.remove(sequence)
-            sequence.swapped = sequence.detokenizer = None
+            sequence.swapped = None
             if row is not None:
                 rows.append(row)
             if sequence.request.finished:
@@ -168,40 +194,46 @@ class Engine:
         step, pending = self._in_flight.popleft()
         result = pending.result()
         self.scheduler.ledger.settle(result.lengths, result.free)
-        self._count(step, result)
+        held = self._count(step, result)
         for chunk in step.chunks:
             children = chunk.samples[1:]
             if children:
                 for child in children:
                     child.placed, child.counters = chunk.sequence.placed, chunk.sequence.counters.copy()
                 self._forks.append((chunk.sequence, children))
+        now = time.time()
         for i, sequence in enumerate(step.samples):
             if sequence.status is not Status.FINISHED:
                 self._touched[sequence.request] = None
+                metrics = sequence.request.metrics
+                metrics.first_token_time = metrics.first_token_time or now
+                metrics.last_token_time = now
                 logprobs = None if result.logprobs is None else result.logprobs[i]
-                append_token(sequence, result.tokens[i], logprobs, self.tokenizer)
+                append_token(sequence, result.tokens[i], logprobs, self._decode_one)
                 if sequence.finish_reason is not None:
                     self._end(sequence, sequence.finish_reason, stop_reason=sequence.stop_reason)
-        self.scheduler.observe_ratio()
+        self.scheduler.observe_ratio(held)
 
-    def _count(self, step: RunStep, result: StepResult) -> None:
+    def _count(self, step: RunStep, result: StepResult) -> NDArray[np.int64]:
+        """Count what the step did for those it did not run too far. Returns the slots of each row, int64 [rows]."""
         held = result.lengths.sum((0, 2), dtype=np.int64)
         assert result.free >= 0, "a step took more pages than the ledger allowed"
-        read, bounds = held, np.zeros_like(held)
+        slots = reads = held.tolist()
+        bounds = [0] * len(slots)
         if result.reads is not None:
             total = result.reads.sum((1, 3))
-            read, bounds = total - self._reads
+            reads, bounds = (total - self._reads).tolist()
             self._reads = total
         for sequence in step.decodes:
             if sequence.status is not Status.FINISHED:
-                sequence.counters.reads += int(read[sequence.row_()])
-                sequence.counters.bounds += int(bounds[sequence.row_()])
-                sequence.counters.hold(int(held[sequence.row_()]))
+                row = sequence.row_()
+                sequence.counters.add(1, held=slots[row], read=reads[row], bounds=bounds[row])
         for chunk in step.chunks:
-            counters = chunk.sequence.counters
-            if chunk.samples:  # as long as the prompt was whole
-                counters.hold(self.scheduler.ledger.held_in_prompt(counters.held, chunk.count))
-            counters.hold(int(held[chunk.sequence.row_()]))
+            if chunk.sequence.status is not Status.FINISHED:
+                counters = chunk.sequence.counters
+                whole = self.scheduler.ledger.held_in_prompt(counters.held, chunk.count) if chunk.samples else 0
+                counters.add(chunk.count, held=slots[chunk.sequence.row_()], peak=whole)
+        return held
 
     # Rows
 
@@ -210,9 +242,8 @@ class Engine:
         if sequence.status is Status.FINISHED:
             return
         sequence.finish(reason, stop_reason=stop_reason)
-        if sequence.detokenizer is not None and sequence.text is None:
-            sequence.detokenizer.finish()
-            sequence.text = sequence.detokenizer.text
+        if sequence.request.finished:
+            sequence.request.metrics.finished_time = time.time()
         self._ended.append(sequence)
         self._touched[sequence.request] = None
 
@@ -264,15 +295,13 @@ class Engine:
 
     def _sequence(self, request: Request, index: int, session: Session | None) -> Sequence:
         status = Status.PENDING if index else Status.WAITING if session is None else Status.SWAPPED
-        detokenizer = None
-        if self.tokenizer is not None:
-            skip = request.params.skip_special_tokens
-            detokenizer = Detokenizer(self.tokenizer, request.prompt, skip_special_tokens=skip)
-        sequence = Sequence(
-            request=request, index=index, tokens=list(request.prompt), status=status, detokenizer=detokenizer
-        )
+        sequence = Sequence(request=request, index=index, tokens=list(request.prompt), status=status)
+        if self.tokenizer is not None and request.params.detokenize:
+            decode = decoder(self.tokenizer, skip_special_tokens=request.params.skip_special_tokens)
+            sequence.detokenizer = Detokenizer(decode, sequence.tokens, prompt=len(request.prompt))
         if status is Status.SWAPPED and session is not None:
-            sequence.placed, sequence.swapped = session.placed, session.state
+            sequence.placed = sequence.counters.seen = session.placed
+            sequence.swapped = session.state
         return sequence
 
     def _check(self, prompt: list[int], tokens: list[int], session: Session | None) -> None:
@@ -280,15 +309,18 @@ class Engine:
             raise ValueError("the prompt is empty; give at least one token")
         if session is not None and session.owner != id(self):
             raise ValueError("this session belongs to another LLM; continue it where it was made")
-        wrong = next((t for t in prompt if isinstance(t, bool) or not isinstance(t, int | np.integer)), None)
-        wrong = next((t for t in prompt if not 0 <= t < self.vocab), None) if wrong is None else wrong
-        if wrong is not None:
-            raise ValueError(f"the prompt holds {wrong!r}; token ids are integers from 0 to {self.vocab - 1}")
+        self._check_tokens("the prompt", prompt)
         if len(tokens) >= self.max_model_len:
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens and the context is {self.max_model_len}, the output included; "
                 "shorten it or raise max_model_len"
             )
+
+    def _check_tokens(self, name: str, tokens: list[int]) -> None:
+        wrong = next((t for t in tokens if isinstance(t, bool) or not isinstance(t, int | np.integer)), None)
+        wrong = next((t for t in tokens if not 0 <= t < self.vocab), None) if wrong is None else wrong
+        if wrong is not None:
+            raise ValueError(f"{name} holds {wrong!r}; token ids are integers from 0 to {self.vocab - 1}")
 
     def _check_memory(self, request: Request) -> None:
         pool, needed = self.runner.ragged.pool, self.scheduler.pages_needed(request)

@@ -1,55 +1,67 @@
-"""What a new token does to a sample: text, log-probabilities, and whether it ends there."""
+"""What a new token does to a sample: log-probabilities, and whether it ends there."""
 
-from typing import Any
+from collections.abc import Callable
 
 from sparsekv.engine.outputs import Logprob
 from sparsekv.engine.schedule.request import Sequence
 
 TokenLogprobs = tuple[float, int, list[float], list[int]]
 """The sampled token's log-probability and rank; the most probable tokens' log-probabilities and ids."""
+Decode = Callable[[int], str | None]
+"""The text of one token, where there is a tokenizer."""
 
 
-def append_token(sequence: Sequence, token: int, logprobs: TokenLogprobs | None, tokenizer: Any) -> None:
+def append_token(sequence: Sequence, token: int, logprobs: TokenLogprobs | None, decode: Decode) -> None:
     """Add a sampled token; sets finish_reason, stop_reason and, where a stop string cuts it, text."""
     request, params = sequence.request, sequence.request.params
     sequence.tokens.append(token)
     if params.logprobs is not None and logprobs is not None:
-        sequence.logprobs.append(_logprobs(token, logprobs, params.logprobs, tokenizer))
+        sequence.logprobs.append(_logprobs(token, logprobs, params.logprobs, decode))
         sequence.cumulative_logprob += logprobs[0]
-    count = len(sequence.output)
+    count = len(sequence.tokens) - len(request.prompt)
     if token in request.stop_ids and count >= params.min_tokens:
         sequence.finish_reason = "stop"
         sequence.stop_reason = token if token in (params.stop_token_ids or ()) else None
         return
-    if sequence.detokenizer is not None:
-        added = sequence.detokenizer.push(token)
+    if sequence.detokenizer is not None and _may_end(params.stops, decode(token)):
+        added = sequence.detokenizer.advance()
         if added and count >= params.min_tokens and _stopped_by_text(sequence, len(added)):
             return
     if count >= request.most_new:
         sequence.finish_reason = "length"
 
 
+def _may_end(stops: tuple[str, ...], text: str | None) -> bool:
+    """Whether a stop string may end in a token of this text, so that the sample's text must be read now. What a token
+    says depends on its neighbours in its spaces and in broken characters alone."""
+    if text is None or not stops:
+        return False
+    return "\ufffd" in text or any(s[-1] in text or s[-1].isspace() or s[-1] == "\ufffd" for s in stops)
+
+
 def _stopped_by_text(sequence: Sequence, added: int) -> bool:
     """Whether a stop string ends within the last `added` characters; the text then ends before the first such."""
-    assert sequence.detokenizer is not None
-    text, found = sequence.detokenizer.text, []
-    for stop in sequence.request.params.stops:
+    detokenizer, stops = sequence.detokenizer, sequence.request.params.stops
+    assert detokenizer is not None
+    text = detokenizer.tail(added + max(map(len, stops)) - 1)
+    found = []
+    for stop in stops:
         at = text.find(stop, max(len(text) - added - len(stop) + 1, 0))
         if at >= 0:
             found.append((at, stop))
     if not found:
         return False
     at, stop = min(found)
-    sequence.text, sequence.finish_reason, sequence.stop_reason = text[:at], "stop", stop
+    sequence.text = detokenizer.text[: detokenizer.length - len(text) + at]
+    sequence.finish_reason, sequence.stop_reason = "stop", stop
     return True
 
 
-def _logprobs(token: int, logprobs: TokenLogprobs, count: int, tokenizer: Any) -> dict[int, Logprob]:
+def _logprobs(token: int, logprobs: TokenLogprobs, count: int, decode: Decode) -> dict[int, Logprob]:
     chosen, rank, top, ids = logprobs
 
     def entry(token: int, value: float, rank: int) -> Logprob:
-        text = None if tokenizer is None else tokenizer.decode([token])
-        return Logprob(logprob=value, rank=rank, decoded_token=text)
+        return Logprob(logprob=value, rank=rank, decoded_token=decode(token))
 
     entries = {i: entry(i, value, r + 1) for r, (i, value) in enumerate(zip(ids[:count], top[:count], strict=True))}
     entries.setdefault(token, entry(token, chosen, rank))

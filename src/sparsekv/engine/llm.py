@@ -4,9 +4,10 @@ llm = LLM("smollm2-135m", adapter="adapters/...", cr=4, kv_memory="2GiB")
 outputs = llm.generate(prompts, SamplingParams(n=8, temperature=0.6, max_tokens=512, seed=0))
 """
 
+import gc
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +16,8 @@ from sparsekv.engine.build import build_engine
 from sparsekv.engine.config import EngineConfig, check_options
 from sparsekv.engine.outputs import RequestOutput, Session
 from sparsekv.engine.params import SamplingParams
-from sparsekv.engine.streams import Streams
+from sparsekv.engine.progress import Progress
+from sparsekv.engine.streams import Streams, Ticket
 from sparsekv.modeling.adapter import AdapterConfig, read_adapter
 from sparsekv.modeling.attach import attach, attachment_of, detach
 from sparsekv.modeling.load import load_model
@@ -23,8 +25,8 @@ from sparsekv.policies import Policy
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.policies.registry import describe
 
-Prompt = str | list[int]
-"""Text, or token ids."""
+Prompt = str | list[int] | dict[str, Any]
+"""Text, token ids, or either as vLLM names them: {"prompt": ...}, {"prompt_token_ids": ...}."""
 _ENGINE_OPTIONS = {f.name for f in fields(EngineConfig)}
 
 
@@ -74,50 +76,81 @@ class LLM:
             if not attached:
                 detach(model)
             raise
+        self.partial: list[RequestOutput] = []
+        """What the requests of the last `generate` had, where it was interrupted or failed; else empty."""
         self._streams = Streams(self.engine)
+
+    def close(self) -> None:
+        """Free the pool and end the engine's thread; requests that are left fail. Later calls raise ValueError.
+
+        Dropping the last reference does the same when Python collects it.
+        """
+        self._streams.close()
+        self.__dict__.pop("engine", None)
+        gc.collect()  # a cache and its layers know each other
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool | None = None,
         session: Session | Sequence[Session] | None = None,
         keep: bool = False,
     ) -> list[RequestOutput]:
-        """Complete prompts: one text, one list of token ids, or a list of either; outputs come in the same order.
+        """Complete prompts: one, or a list of them; outputs come in the same order.
 
-        sampling_params: one for all, or one each. keep: each finished sample gets a `session`; session: continue this
-        one (or one each), with the prompt as what comes next.
+        sampling_params: one for all, or one each. use_tqdm: a progress bar with tokens per second; None = for several
+        prompts on a terminal. keep: each finished sample gets a `session`; session: continue this one (or one each),
+        with the prompt as what comes next.
 
-        Raises ValueError where a request can never fit or a prompt or session is not usable; none is run then.
+        Raises ValueError where a request can never fit or a prompt or session is not usable; none is run then. After
+        Ctrl-C or a step that failed, `partial` holds what there was and the next call is right.
         """
         if isinstance(prompts, torch.Tensor):
             raise ValueError("the prompts are a tensor; pass lists of token ids, such as tensor.tolist()")
-        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        single = isinstance(prompts, str | dict) or (bool(prompts) and isinstance(prompts[0], int))
         many: list[Any] = [prompts] if single else list(prompts)
         params = _one_each("sampling_params", sampling_params or SamplingParams(), len(many))
         sessions = _one_each("session", session, len(many))
-        requests = []
+        specs = [
+            self._spec(prompt, each, keep=keep, session=earlier)
+            for prompt, each, earlier in zip(many, params, sessions, strict=True)
+        ]
+        ticket, self.partial = Ticket(), []
         try:
-            for prompt, each, earlier in zip(many, params, sessions, strict=True):
-                ids, text = self._encode(prompt, continued=earlier is not None)
-                requests.append(self._streams.add(ids, each, text=text, keep=keep, session=earlier))
-            return self._streams.run([request.id for request in requests])
-        finally:
-            for request in requests:
-                if not request.finished:
-                    self._streams.abort(request.id)
+            with Progress(len(many), show=use_tqdm) as progress:
+                self._streams.run(specs, ticket, finished=progress.update)
+        except BaseException:
+            self.partial = [request.output() for request in ticket.requests]
+            raise
+        return [request.output() for request in ticket.requests]
 
     def chat(
         self,
         messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         keep: bool = False,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several: lists of {"role": ..., "content": ...}, by the model's chat template."""
+        """Answer one conversation or several: lists of {"role": ..., "content": ...}, by the model's chat template.
+
+        tools: JSON schemas of functions, and chat_template_kwargs: what else the template knows, such as
+        enable_thinking.
+        """
         many: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
-        return self.generate([self.chat_prompt(each) for each in many], sampling_params, keep=keep)
+        options: dict[str, Any] = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
+        prompts = [self.chat_prompt(each, **options) for each in many]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, keep=keep)
 
     async def stream(
         self,
@@ -133,21 +166,26 @@ class LLM:
 
         Raises ValueError as generate does.
         """
-        ids, text = self._encode(prompt, continued=session is not None)
-        params = sampling_params or SamplingParams()
-        options: dict[str, Any] = {"text": text, "keep": keep, "session": session, "request_id": request_id}
-        async for output in self._streams.stream(ids, params, **options):
+        spec = self._spec(prompt, sampling_params or SamplingParams(), keep=keep, session=session)
+        async for output in self._streams.stream(spec | {"request_id": request_id}):
             yield output
 
     def abort(self, request_id: str) -> None:
-        """Cancel a request; its pages are free when this returns."""
+        """Cancel a request; its pages are free when this returns. Its stream ends with an output of reason "abort"."""
         self._streams.abort(request_id)
 
-    def chat_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation up to where the answer begins. Raises ValueError without a chat template."""
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError("this tokenizer has no chat template; use generate with a plain prompt")
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        options = {"add_generation_prompt": True} | (chat_template_kwargs or {}) | {"tokenize": False}
+        text = self.tokenizer.apply_chat_template(messages, tools=tools, **options)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     @property
@@ -165,13 +203,36 @@ class LLM:
             raise ValueError("cr picks a ratio of a trained adapter; make the LLM with adapter=..., or set offset")
         self.offset = self._adapter.offset_for(cr)
 
+    @property
+    def max_cr(self) -> float:
+        """The largest compression ratio that the adapter's table reaches. Raises ValueError without an adapter."""
+        if self._adapter is None:
+            raise ValueError("max_cr is of a trained adapter; make the LLM with adapter=...")
+        return self._adapter.max_cr
+
     def _dms(self) -> DMSPolicy:
         policy = attachment_of(self.model).policy
         if not isinstance(policy, DMSPolicy):
             raise ValueError(f"policy {policy.name!r} has no offset; use policy='dms' or an adapter")
         return policy
 
+    def _spec(self, prompt: Prompt, params: SamplingParams, *, keep: bool, session: Session | None) -> dict[str, Any]:
+        """The arguments of Engine.add."""
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params is a {type(params).__name__}; pass SamplingParams(...)")
+        ids, text = self._encode(prompt, continued=session is not None)
+        return {"prompt": ids, "params": params, "text": text, "keep": keep, "session": session}
+
     def _encode(self, prompt: Prompt, *, continued: bool) -> tuple[list[int], str | None]:
+        if isinstance(prompt, dict):
+            known = [name for name in ("prompt_token_ids", "prompt") if prompt.get(name) is not None]
+            if not known or set(prompt) - {"prompt_token_ids", "prompt"}:
+                raise ValueError(
+                    f"the prompt is a dict of {', '.join(map(repr, prompt)) or 'nothing'}; give it 'prompt' (text) or "
+                    "'prompt_token_ids'"
+                )
+            ids, text = self._encode(prompt[known[0]], continued=continued)
+            return ids, prompt.get("prompt", text)
         if not isinstance(prompt, str):
             return list(prompt), None
         if self.tokenizer is None:

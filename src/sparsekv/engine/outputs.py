@@ -1,5 +1,6 @@
 """What a request returns, with vLLM's field names, and what it held and read of the cache."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,22 @@ class CompletionOutput:
 
 
 @dataclass(kw_only=True)
+class RequestMetrics:
+    """When a request came, started and spoke: seconds since the epoch, None for what has not happened."""
+
+    arrival_time: float = field(default_factory=time.time)
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+
+    @property
+    def time_in_queue(self) -> float | None:
+        """Seconds from the arrival to the first step."""
+        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
+
+
+@dataclass(kw_only=True)
 class RequestOutput:
     """One request, with all its samples."""
 
@@ -98,6 +115,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    metrics: RequestMetrics | None = None
 
     @property
     def kv(self) -> RequestKV:

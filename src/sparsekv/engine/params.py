@@ -1,8 +1,13 @@
 """SamplingParams: how a request is sampled, with vLLM's names and meanings."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sparsekv.engine.checks import check_int, check_number
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below it are greedy, as in vLLM: the quotient would leave float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +17,7 @@ class SamplingParams:
     n: int = 1
     """Samples of one prompt, which is prefilled once. All differ, also with a seed."""
     temperature: float = 1.0
-    """0 = greedy."""
+    """0 (and what is below 1e-5) = greedy."""
     top_p: float = 1.0
     """The smallest set of tokens whose probability reaches top_p; 1 = all."""
     top_k: int = 0
@@ -25,6 +30,8 @@ class SamplingParams:
     """Subtracted from the logits of tokens in the output."""
     frequency_penalty: float = 0.0
     """Subtracted from the logits of tokens in the output once for each occurrence."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these token ids, before everything else."""
     stop: str | list[str] | None = None
     """The text ends before the first of these."""
     stop_token_ids: list[int] | None = None
@@ -42,12 +49,16 @@ class SamplingParams:
     """Sample i at position t draws a number that depends on (seed, i, t) alone; None = a fresh seed."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
+    detokenize: bool = True
+    """Text out; False leaves `text` empty and saves the work."""
     stops: tuple[str, ...] = field(init=False, repr=False, default=())
     """`stop` as a tuple."""
 
     def __post_init__(self) -> None:
         check_int("n", self.n, at_least=1)
         check_number("temperature", self.temperature, low=0.0)
+        if self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
         check_number("top_p", self.top_p, low=0.0, high=1.0)
         if self.top_p == 0:
             raise ValueError("top_p is 0; use a number above 0, or temperature=0 for greedy")
@@ -70,7 +81,12 @@ class SamplingParams:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if not all(isinstance(text, str) and text for text in stops):
             raise ValueError("stop holds something that is not a text; use non-empty strings")
+        if stops and not self.detokenize:
+            raise ValueError("stop strings need the text; leave detokenize at True, or use stop_token_ids")
         object.__setattr__(self, "stops", stops)
+        for token, bias in (self.logit_bias or {}).items():
+            check_int("a token of logit_bias", token, at_least=0)
+            check_number(f"logit_bias[{token}]", bias, low=-math.inf)
         if not isinstance(self.stop_token_ids, list | tuple | None):
             raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}; use a list of token ids")
         for token in self.stop_token_ids or ():

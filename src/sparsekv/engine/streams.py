@@ -1,133 +1,227 @@
-"""Who steps the engine: whoever holds the turn. generate steps it in the caller's thread; streams share a thread.
+"""The engine's thread: it alone touches the engine, and does between two steps what others ask for.
 
-Outputs go to the sink of their request, whichever thread ran the step.
+Whoever wants something puts a job into its queue and waits for what comes back. So Ctrl-C, which Python raises in the
+main thread, never finds the engine half-way through a step: it leaves the wait, and the requests are withdrawn. A step
+that fails tells every listener and empties the engine; where that fails too (a lost device), every later call says so.
 """
 
 import asyncio
+import gc
 import threading
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
+
+import torch
 
 from sparsekv.engine.engine import Engine
 from sparsekv.engine.outputs import RequestOutput
-from sparsekv.engine.params import SamplingParams
 from sparsekv.engine.schedule.request import Request
 
-Sink = Callable[[RequestOutput | Exception], None]
+Sink = Callable[[Request | BaseException], None]
+"""Hears of each change of a request, or why there will be none. Runs in the engine's thread, so it must not wait."""
+Job = Callable[[], None]
+Spec = dict[str, Any]
+"""The arguments of Engine.add."""
 
 
-class Turn:
-    """A lock that is given in order of asking, so that the stepping thread cannot keep others out."""
+@dataclass(eq=False)
+class Ticket:
+    """What one caller has asked for."""
 
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._queue: deque[threading.Event] = deque()
+    requests: list[Request] = field(default_factory=list)
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        mine = threading.Event()
-        with self._guard:
-            self._queue.append(mine)
-            if len(self._queue) == 1:
-                mine.set()
-        mine.wait()
-        try:
-            yield
-        finally:
-            with self._guard:
-                self._queue.popleft()
-                if self._queue:
-                    self._queue[0].set()
+    @property
+    def finished(self) -> bool:
+        return bool(self.requests) and all(request.finished for request in self.requests)
 
 
 class Streams:
-    """An engine that several threads use."""
+    """An engine that many threads and tasks may use. `close` ends its thread, and so does dropping this object."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._turn = Turn()
         self._sinks: dict[str, Sink] = {}
-        self._work = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._over: str | None = None
+        """Why nothing more can be run."""
+        arguments = (weakref.ref(self), self._jobs, engine.runner.device)
+        self._thread = threading.Thread(target=_serve, args=arguments, name="sparsekv-engine", daemon=True)
+        weakref.finalize(self, self._jobs.put, None).atexit = False
+        self._thread.start()
 
-    def add(self, ids: list[int], params: SamplingParams, *, sink: Sink | None = None, **options: Any) -> Request:
-        """Engine.add, with where the outputs go."""
-        with self._turn():
-            request = self._engine.add(ids, params, **options)
-            if sink is not None:
-                self._sinks[request.id] = sink
-            return request
+    # What callers do
 
-    def abort(self, request_id: str) -> None:
-        """Engine.abort; the sink hears nothing more."""
-        with self._turn():
-            self._sinks.pop(request_id, None)
-            self._engine.abort(request_id)
+    def run(self, specs: list[Spec], ticket: Ticket, *, finished: Callable[[Request], None]) -> None:
+        """Run requests, all or none, until they are finished; `finished` hears of each. Leaving early withdraws them.
 
-    def run(self, ids: list[str]) -> list[RequestOutput]:
-        """Step until these requests are finished; their outputs in order."""
-        done: dict[str, RequestOutput] = {}
+        Raises ValueError where one of them is refused, and what a failed step raised.
+        """
+        inbox: SimpleQueue[Request | BaseException] = SimpleQueue()
 
-        def keep(output: RequestOutput | Exception) -> None:
-            if isinstance(output, Exception):
-                raise output
-            done[output.request_id] = output
+        def put(event: Request | BaseException) -> None:
+            if isinstance(event, BaseException) or event.finished:
+                inbox.put(event)
 
-        with self._turn():
-            self._sinks |= dict.fromkeys(ids, keep)
-        while not all(i in done and done[i].finished for i in ids):
-            with self._turn():
-                self._step()
-        return [done[i] for i in ids]
+        try:
+            self._post(lambda: self._admit(specs, ticket, put))
+            for _ in specs:
+                event = inbox.get()
+                if isinstance(event, BaseException):
+                    raise event
+                finished(event)
+        finally:
+            if not ticket.finished:
+                self.withdraw(ticket)
 
-    async def stream(self, ids: list[int], params: SamplingParams, **options: Any) -> AsyncIterator[RequestOutput]:
+    async def stream(self, spec: Spec) -> AsyncIterator[RequestOutput]:
         """The outputs of one request as they come; cancels it when the iteration is left."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[RequestOutput | Exception]()
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[RequestOutput | BaseException]()
+        ticket = Ticket()
 
-        def put(output: RequestOutput | Exception) -> None:
+        def put(event: Request | BaseException) -> None:
+            output = event.output() if isinstance(event, Request) else event
             loop.call_soon_threadsafe(queue.put_nowait, output)
 
-        request = await asyncio.to_thread(self.add, ids, params, sink=put, **options)
         try:
-            self._wake()
+            self._post(lambda: self._admit([spec], ticket, put))
             while True:
                 output = await queue.get()
-                if isinstance(output, Exception):
+                if isinstance(output, BaseException):
                     raise output
                 yield output
                 if output.finished:
                     return
         finally:
-            if not request.finished:
-                await asyncio.shield(asyncio.to_thread(self.abort, request.id))
+            if not ticket.finished:
+                await asyncio.shield(asyncio.to_thread(self.withdraw, ticket))
 
-    def _wake(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._loop, name="sparsekv-engine", daemon=True)
-            self._thread.start()
-        self._work.set()
+    def withdraw(self, ticket: Ticket) -> None:
+        """Cancel what is left of a ticket. Its pages are free when this returns."""
+        self._do(lambda: self._drop(ticket))
 
-    def _loop(self) -> None:
-        while True:
-            self._work.wait()
-            with self._turn():
+    def abort(self, request_id: str) -> None:
+        """Engine.abort. Whoever listens gets the output as it is, finished."""
+        self._do(lambda: self._engine.abort(request_id))
+
+    def close(self) -> None:
+        """End the thread. Requests that are left fail."""
+        self._over = self._over or "this LLM is closed; make a new one"
+        self._jobs.put(None)
+        self._thread.join()
+        self.__dict__.pop("_engine", None)
+
+    def _post(self, job: Job) -> None:
+        if self._over is None:
+            self._jobs.put(job)
+        if self._over is not None:  # before, or meanwhile: a job behind the end is never run
+            raise ValueError(self._over)
+
+    def _do(self, work: Callable[[], None]) -> None:
+        """Have the thread do something and wait until it has, unless the thread has ended."""
+        done: SimpleQueue[None] = SimpleQueue()
+
+        def job() -> None:
+            self._guard(work)
+            done.put(None)
+
+        self._jobs.put(job)
+        if self._over is None:
+            done.get()
+
+    # What the thread does
+
+    def _work(self, job: Job | None) -> bool:
+        """A job, then steps until nothing is left to do, and the jobs that come meanwhile. False: this is the end."""
+        while job is not None:
+            job()
+            while self._jobs.empty():
                 if not self._engine.has_work:
-                    self._work.clear()
-                    continue
-                try:
-                    self._step()
-                except Exception as error:  # noqa: BLE001 - every stream must hear of it
-                    for sink in self._sinks.values():
-                        sink(error)
-                    self._sinks.clear()
-                    return
+                    return True
+                self._guard(self._step)
+            job = self._jobs.get()
+        while not self._jobs.empty():
+            job = self._jobs.get()
+            if job is not None:
+                job()
+        self._recover(ValueError(self._over))
+        return False
+
+    def _admit(self, specs: list[Spec], ticket: Ticket, sink: Sink) -> None:
+        """Queue requests, all or none."""
+        try:
+            if self._over is not None:
+                raise ValueError(self._over)
+            for spec in specs:
+                request = self._engine.add(**spec)
+                ticket.requests.append(request)
+                self._sinks[request.id] = sink
+        except ValueError as refusal:
+            self._guard(lambda: self._drop(ticket))
+            ticket.requests.clear()
+            _tell(sink, refusal)
+        except BaseException as error:  # noqa: BLE001 - whoever waits must hear of it
+            _tell(sink, error)
+            self._recover(error)
+
+    def _drop(self, ticket: Ticket) -> None:
+        ids = [request.id for request in ticket.requests if not request.finished]
+        for request_id in ids:
+            self._sinks.pop(request_id, None)
+        self._engine.abort(*ids)
 
     def _step(self) -> None:
-        for output in self._engine.step():
-            sink = self._sinks.get(output.request_id)
-            if sink is not None:
-                if output.finished:
-                    del self._sinks[output.request_id]
-                sink(output)
+        for request in self._engine.step():
+            sink = self._sinks.get(request.id)
+            if request.finished:
+                self._sinks.pop(request.id, None)
+            if sink is not None and not _tell(sink, request):
+                self._sinks.pop(request.id, None)
+                self._engine.abort(request.id)
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - every listener must hear of it
+            self._recover(error)
+
+    def _recover(self, error: BaseException) -> None:
+        """Empty the engine, of which nothing is known now, and tell every listener."""
+        sinks, self._sinks = list(self._sinks.values()), {}
+        try:
+            self._engine.reset()
+        except BaseException as lost:  # noqa: BLE001 - the device may raise anything
+            self._over = (
+                f"this LLM failed ({type(error).__name__}: {error}) and could not be reset "
+                f"({type(lost).__name__}); make a new one"
+            )
+        for sink in sinks:
+            _tell(sink, error)
+
+
+def _tell(sink: Sink, event: Request | BaseException) -> bool:
+    """Whether the listener could be told."""
+    try:
+        sink(event)
+    except Exception as error:  # noqa: BLE001 - its text cannot be read, or its event loop is closed
+        with suppress(Exception):
+            sink(error)
+        return False
+    return True
+
+
+def _serve(streams: "weakref.ref[Streams]", jobs: "SimpleQueue[Job | None]", device: torch.device) -> None:
+    """The thread. While it waits it keeps nothing alive."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    while True:
+        job, alive = jobs.get(), streams()
+        if alive is None:
+            gc.collect()  # the pool, now rather than some time: a cache and its layers know each other
+            return
+        if not alive._work(job):
+            return
+        del job, alive

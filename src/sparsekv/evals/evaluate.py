@@ -184,11 +184,8 @@ class _Bench:
             return
         if not isinstance(self.policy, DMSPolicy):
             raise ValueError(f"policy {self.policy.name!r} has no offset to dial; leave out the ratios")
-        previous, self.policy.offset = self.policy.offset, offset
-        try:
+        with contexts.dialled(self.policy, offset):
             yield
-        finally:
-            self.policy.offset = previous
 
 
 def _finite(value: Any) -> Any:

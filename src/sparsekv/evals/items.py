@@ -29,6 +29,8 @@ class Fact:
     lead: str
     """The beginning of the answer, which the answer completes: "The pass key is"."""
     answer: str
+    more: tuple[str, ...] = ()
+    """Further answers to the question, in a list after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +101,11 @@ class ItemBuilder:
                 continue
             fact = facts[int(piece)]
             tail += self._ids(fact.lead)
-            answer = self._ids(" " + fact.answer)
-            spans.append((len(tail), len(tail) + len(answer)))
-            tail += answer
+            for j, text in enumerate((fact.answer, *fact.more)):
+                tail += self._ids("," if j else "")
+                answer = self._ids(" " + text)
+                spans.append((len(tail), len(tail) + len(answer)))
+                tail += answer
         return self._ids(before), tail, spans
 
     def _conversation(self, facts: list[Fact]) -> tuple[str, str]:

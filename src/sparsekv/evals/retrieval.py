@@ -4,6 +4,7 @@ generated token by token through the real cache.
 pass key   the best known template, which training also uses (in text that it does not)
 unseen     templates and words that training never uses
 look-up    eight entries of one such template with a key, one of them asked for
+multi-needle, variable tracking    RULER's, see ruler.py: several answers to one question
 """
 
 from collections.abc import Callable, Sequence
@@ -18,11 +19,12 @@ from transformers import GenerationConfig
 
 from sparsekv.evals.forward import Reading
 from sparsekv.evals.items import Item, ItemBuilder
+from sparsekv.evals.ruler import multi_needle, variable_tracking
 from sparsekv.evals.templates import LOOK_UP, PASS_KEY, UNSEEN
 from sparsekv.modeling.cache import SparseCache
 from sparsekv.modeling.split import SplitModel
 
-KINDS = ("pass key", "unseen", "look-up")
+KINDS = ("pass key", "unseen", "look-up", "multi-needle", "variable tracking")
 ENTRIES = 8
 """Of a look-up."""
 TOKENS_PER_ENTRY = 64
@@ -60,6 +62,11 @@ def retrieval_cells(
 def _item(builder: ItemBuilder, rng: np.random.Generator, kind: str, context: int, index: int) -> Item:
     if kind == "pass key":
         return builder.build(rng, PASS_KEY.facts(rng, 1), asked=[0], length=context, style="lead")
+    style = builder.styles[index % len(builder.styles)]
+    if kind == "multi-needle":
+        return builder.build(rng, multi_needle(rng), asked=[0], length=context, style=style)
+    if kind == "variable tracking":
+        return builder.build(rng, variable_tracking(rng), asked=[0], length=context, style=style, ordered=True)
     templates, count = (LOOK_UP, min(ENTRIES, context // TOKENS_PER_ENTRY)) if kind == "look-up" else (UNSEEN, 1)
     facts = templates[index % len(templates)].facts(rng, count, unseen=True)
     style = builder.styles[index // len(templates) % len(builder.styles)]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 EVICTIONS = ("cache", "mask")
 ANSWERS = ("forced", "generated")
+WAYS = ("auto", "steps", "prefill")
 TARGETS = (1.1, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 
 
@@ -28,7 +29,7 @@ class EvaluationConfig:
     contexts: list[int] = field(default_factory=lambda: [1024, 2048, 4096])
     """Lengths of the retrieval items, in tokens."""
     kinds: list[str] = field(default_factory=lambda: ["pass key", "unseen"])
-    """Of retrieval: pass key, unseen, look-up; see retrieval.py."""
+    """Of retrieval: pass key, unseen, look-up, multi-needle, variable tracking; see retrieval.py."""
     answers: str = "forced"
     """How retrieval is read: teacher-forced in one forward, or generated token by token."""
     eviction: str = "cache"
@@ -55,6 +56,44 @@ class EvaluationConfig:
                 raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")
         if self.answers == "generated" and self.eviction == "mask":
             raise ValueError("generated answers come out of the real cache; use eviction: cache")
+        if not self.seconds > 0:
+            raise ValueError(f"seconds is {self.seconds:g}; use more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurementConfig:
+    """How methods are measured side by side; the fields that EvaluationConfig has too mean the same there. Raises
+    ValueError for values that measure nothing."""
+
+    rows: int = 2
+    length: int = 2048
+    long_lengths: list[int] = field(default_factory=list)
+    same_ratio: bool = False
+    items: int = 4
+    contexts: list[int] = field(default_factory=lambda: [1024, 2048])
+    kinds: list[str] = field(default_factory=list)
+    answers: str = "forced"
+    text: bool = True
+    """Whether running text is measured."""
+    by: str = "auto"
+    """How running text is scored: by decode steps; read off one prefill, which methods that prune a finished prompt or
+    choose what a query reads do not allow; or auto, by steps where one of the methods needs them."""
+    batch: int = 1
+    seconds: float = 3600.0
+    """No further setting is begun after so many."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 1), ("length", 4), ("items", 1), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; use at least {least}")
+        if min(self.contexts, default=128) < 128:
+            raise ValueError(f"contexts has {min(self.contexts)} tokens; facts and questions need 128 or more")
+        if min(self.long_lengths, default=4) < 4:
+            raise ValueError(f"long-lengths has {min(self.long_lengths)}; use at least 4 tokens")
+        for name, value, known in (("by", self.by, WAYS), ("answers", self.answers, ANSWERS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")
         if not self.seconds > 0:
             raise ValueError(f"seconds is {self.seconds:g}; use more than 0")
 

@@ -44,7 +44,10 @@ class AdapterConfig:
     base_shape: dict[str, Any]
     """SHAPE_KEYS of the base model."""
     window: int
+    """Tokens that stay visible whatever was decided (dms), or that a mean reached back in training (dmc)."""
     lag: int = 0
+    policy: str = "dms"
+    """"dms", or "dmc" with source "neuron"."""
     source: str = "linear"
     """"linear": eviction heads, in the adapter; "neuron": a channel of the base model's queries, as `neuron` says."""
     neuron: NeuronSource | None = None
@@ -65,6 +68,8 @@ class AdapterConfig:
             raise ValueError(f"r is {self.r} and target_modules {self.target_modules}; LoRA has both, heads alone none")
         if self.source not in ("linear", "neuron"):
             raise ValueError(f"source is {self.source!r}; it must be 'linear' or 'neuron'")
+        if self.policy not in ("dms", "dmc") or self.policy == "dmc" and self.source != "neuron":
+            raise ValueError(f"policy is {self.policy!r}; it must be 'dms', or 'dmc' with source 'neuron'")
         if (self.source == "neuron") != isinstance(self.neuron, NeuronSource):
             raise ValueError("source 'neuron' comes with its channel, scale, offset and rezero, and 'linear' with none")
 
@@ -75,6 +80,11 @@ class AdapterConfig:
             for name in LORA_KEYS:
                 del raw[name]
         return raw | {"peft_type": "LORA" if self.r else "SPARSEKV_DMS"}
+
+    def policy_options(self) -> dict[str, Any]:
+        """What `attach` takes beside the policy's name."""
+        window = {"reach": self.window} if self.policy == "dmc" else {"window": self.window, "lag": self.lag}
+        return window | {"neuron": self.neuron}
 
     @property
     def max_cr(self) -> float:

@@ -14,19 +14,20 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from sparsekv.dms import EvictionHead, NeuronSource
 from sparsekv.modeling import adapter as adapters
-from sparsekv.modeling import neuron
-from sparsekv.modeling.attached import ATTACHED, ATTACHMENT, AttachedLayer, Attachment, PagedCache
+from sparsekv.modeling import dmc, neuron
+from sparsekv.modeling.attached import ATTACHED, ATTACHMENT, CALL, AttachedLayer, Attachment, PagedCache
 from sparsekv.modeling.attention import NAME, register
 from sparsekv.modeling.attention_layers import AttentionLayers, attention_layers
 from sparsekv.modeling.lora import MergedLora
 from sparsekv.policies import Policy, make_policy
+from sparsekv.policies.dmc import DMCPolicy
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.policies.quest import DMSQuestPolicy
 from sparsekv.policies.registry import build
 from sparsekv.policies.streaming import SlidingWindowPolicy
 
-TRAINED: dict[str, type[DMSPolicy]] = {"dms": DMSPolicy, "dms-quest": DMSQuestPolicy}
-"""Policies whose decisions eviction heads make."""
+TRAINED: dict[str, type[DMSPolicy]] = {"dms": DMSPolicy, "dms-quest": DMSQuestPolicy, "dmc": DMCPolicy}
+"""Policies whose decisions are learned: eviction heads make them, or a neuron."""
 _PREPARE_CACHE = "_prepare_cache_for_generation"
 
 
@@ -42,8 +43,8 @@ def attach(
     """Let a policy govern every full-attention layer of `model`; sliding-window layers keep their own window.
 
     policy: a name (see policies.policy_names) with its options, such as policy="tova", budget=512 or policy="dms",
-    window=64, lag=0 (untrained heads; neuron=dms.NeuronSource() for a checkpoint whose queries carry the logits), or a
-    Policy.
+    window=64, lag=0 (untrained heads; neuron=dms.NeuronSource() for a checkpoint whose queries carry the logits), or
+    policy="dmc" for a checkpoint trained so, or a Policy.
     adapter: a folder or hub id with trained eviction heads, and LoRA where they were trained with it, which is merged
     into the weights until detach; with policy="dms-quest" its heads decide what is held, and `budget` what is read.
     cr: with an adapter, the compression ratio to serve it at, between 1 and the adapter's largest (None = as trained);
@@ -54,11 +55,7 @@ def attach(
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"attach takes a Transformers model, and this is a {type(model).__name__}")
-    _check_types(
-        policy,
-        adapter=adapter,
-        numbers={"cr": cr, "tokens": tokens} | {k: v for k, v in options.items() if k != "neuron"},
-    )
+    _check_types(policy, adapter=adapter, numbers={"cr": cr, "tokens": tokens})
     if hasattr(model, ATTACHMENT):
         raise ValueError("this model is attached already; call sparsekv.detach(model) first")
     if policy is None and adapter is None:
@@ -74,16 +71,24 @@ def attach(
         if own:
             raise ValueError(f"an adapter brings its own settings; leave out {', '.join(own)}")
         loaded = adapters.load_adapter(adapter, model)
-        options |= {"window": loaded.config.window, "lag": loaded.config.lag, "neuron": loaded.config.neuron}
+        own_policy = loaded.config.policy
+        if "dmc" in (policy, own_policy) and policy not in (None, own_policy):
+            raise ValueError(
+                f"the adapter {adapter} is for policy {own_policy!r}, not {policy!r}; leave out the policy"
+            )
+        options |= loaded.config.policy_options()
         options["offset"] = 0.0 if cr is None else loaded.config.offset_for(cr)
-        policy = policy or "dms"
+        policy = policy or own_policy
     heads: dict[int, EvictionHead] = {}
     source: NeuronSource | None = None
     if policy in TRAINED:
         if adapter is None and cr is not None:
             raise ValueError(f"cr picks a ratio of trained heads: pass adapter=... beside policy={policy!r}")
         source = options.pop("neuron", None)
-        if source is not None:
+        if policy == "dmc":
+            source = NeuronSource() if source is None else source
+            dmc.check(layers, source)
+        elif source is not None:
             neuron.check(layers, source)
         else:
             heads = {i: _new_head(layers, i) for i in layers.governed}
@@ -91,16 +96,22 @@ def attach(
     elif isinstance(policy, str):
         policy = make_policy(policy, cr=cr, tokens=tokens, **options)
     elif options or cr is not None:
-        given = [*options] + (["cr"] if cr is not None else [])
-        raise ValueError(f"a Policy object brings its own settings; leave out {', '.join(sorted(given))}")
+        given = ["cr"] * (cr is not None) + sorted(options)
+        raise ValueError(f"a Policy object brings its own settings; leave out {', '.join(given)}")
     assert isinstance(policy, Policy)
-    _check_budget(policy, layers.max_tokens)
+    check_budget(policy, layers.max_tokens)
     if loaded is not None:
         loaded.copy_into(heads)
     lora = None
     if loaded is not None and loaded.lora:
         lora = MergedLora(model, loaded.lora, scale=loaded.config.lora_alpha / loaded.config.r)
     attachment = _install(model, layers, policy=policy, heads=heads, source=source)
+    if isinstance(policy, DMCPolicy):
+        try:
+            dmc.check_rotation(model)
+        except ValueError:
+            detach(model)
+            raise
     if lora is not None:
         attachment.lora = lora
         lora.put_in()
@@ -152,13 +163,15 @@ def _new_head(layers: AttentionLayers, index: int) -> EvictionHead:
 def _dms_policy(
     name: str, layers: AttentionLayers, heads: dict[int, EvictionHead], options: dict[str, Any]
 ) -> DMSPolicy:
-    sources = [heads.get(i, neuron.as_read) if w is None else None for i, w in enumerate(layers.windows)]
+    read = partial(dmc.merge_logits, kv_heads=layers.kv_heads) if name == "dmc" else neuron.as_read
+    sources = [heads.get(i, read) if w is None else None for i, w in enumerate(layers.windows)]
     policy = build(partial(TRAINED[name], sources), name, options)
     assert isinstance(policy, DMSPolicy)
     return policy
 
 
-def _check_budget(policy: Policy, context: int) -> None:
+def check_budget(policy: Policy, context: int) -> None:
+    """Raises ValueError for a budget beyond the model's context."""
     budget = getattr(policy, "budget", None)
     if budget is not None and budget > context:
         raise ValueError(f"budget is {budget} and the model's context is {context} tokens; lower it")
@@ -190,7 +203,10 @@ def _install(
         hook = module.register_forward_pre_hook(_read_input, with_kwargs=True)
         attachment.undo += [hook.remove, partial(delattr, module, ATTACHED)]
         if source is not None and window is None:
-            attachment.undo.append(neuron.install(layers, index, attached=attached, source=source))
+            if isinstance(policy, DMCPolicy):
+                attachment.undo += dmc.install(layers, index, attached=attached, source=source)
+            else:
+                attachment.undo.append(neuron.install(layers, index, attached=attached, source=source))
         if index in heads:
             module.add_module(adapters.HEAD, heads[index])
             attachment.undo.append(partial(delattr, module, adapters.HEAD))
@@ -208,10 +224,9 @@ def _install(
 
 def _read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Remember the attention layer's input and cache for `sparse_attention`."""
-    call = getattr(module, ATTACHED).call
-    call.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    CALL.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # GPT-NeoX's name
-    call.cache = cache if isinstance(cache, PagedCache) else None
+    CALL.cache = cache if isinstance(cache, PagedCache) else None
 
 
 def _prepare_cache(

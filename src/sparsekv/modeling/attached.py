@@ -20,18 +20,11 @@ ATTACHED = "sparsekv_layer"
 """The attribute of an attention module that holds its AttachedLayer."""
 ATTACHMENT = "sparsekv_attachment"
 """The attribute of an attached model that holds its Attachment."""
-
-
-class Call(threading.local):
-    """What a layer's hooks leave for its attention function: a forward runs in one thread, and each has its own."""
-
-    hidden: Tensor | None = None
-    """What the policy decides from: the layer's input [B, S, hidden_size] or, with a neuron source, the logits
-    [B, S, kv_heads] that it read."""
-    cache: "PagedCache | None" = None
-
-    def __reduce__(self) -> tuple[type["Call"], tuple[()]]:
-        return Call, ()  # a copied or pickled model is in no forward
+CALL = threading.local()
+"""What the hooks of the attention layer under way in this thread leave for its attention function. hidden: what the
+policy decides from, the layer's input [B, S, hidden_size] or, with a neuron source, what it read: the logits
+[B, S, kv_heads], or for DMC a packed dmc.BeforeRope; cache: the PagedCache, or None. Not a subclass with these as
+fields: what compiled code stores in one is lost."""
 
 
 @dataclass(kw_only=True)
@@ -41,7 +34,6 @@ class AttachedLayer:
     layer: int
     policy: Policy
     attachment: "Attachment"
-    call: Call = field(default_factory=Call)
     neuron: NeuronSource | None = None
 
 

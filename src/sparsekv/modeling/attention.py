@@ -13,7 +13,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from sparsekv import dms
 from sparsekv.attend import whole_layer
-from sparsekv.modeling.attached import ATTACHED, AttachedLayer
+from sparsekv.modeling.attached import ATTACHED, CALL, AttachedLayer
 from sparsekv.modeling.padding import packing_of
 from sparsekv.modeling.tensor_parallel import own_heads
 from sparsekv.policies import Step
@@ -46,9 +46,8 @@ def sparse_attention(
     Raises ValueError for what the cache cannot honour: dropout, a 4D mask, a foreign cache.
     """
     attached: AttachedLayer = getattr(module, ATTACHED)
-    call = attached.call
-    cache, hidden = call.cache, call.hidden
-    call.cache = call.hidden = None
+    cache, hidden = CALL.cache, CALL.hidden
+    CALL.cache = CALL.hidden = None
     assert hidden is not None, "the pre-hook of attach() has not run"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout:

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv import dms
-from sparsekv.modeling.attach import attachment_of
+from sparsekv.modeling.attach import attachment_of, check_budget
 from sparsekv.policies import Policy
+from sparsekv.policies.dms import DMSPolicy
 
 
 @dataclass(kw_only=True)
@@ -64,17 +65,44 @@ def soft(model: PreTrainedModel, *, tau: float, seed: int | None = None, shared:
 
 
 @contextmanager
-def dense(model: PreTrainedModel) -> Iterator[None]:
-    """Within, nothing is forgotten (a model's own sliding windows stay)."""
+def governed(model: PreTrainedModel, policy: Policy) -> Iterator[None]:
+    """Within, another policy governs the full-attention layers (a model's own sliding windows stay). For policies
+    without parameters of their own.
+
+    Raises ValueError for a budget beyond the model's context.
+    """
     attachment = attachment_of(model)
-    governed = [attached for attached in attachment.layers if attached.policy is attachment.policy]
-    for attached in governed:
-        attached.policy = Policy()
+    check_budget(policy, attachment.max_tokens)
+    layers = [attached for attached in attachment.layers if attached.policy is attachment.policy]
+    previous = attachment.policy
+
+    def install(which: Policy) -> None:
+        attachment.policy = which
+        for attached in layers:
+            attached.policy = which
+
+    install(policy)
     try:
         yield
     finally:
-        for attached in governed:
-            attached.policy = attachment.policy
+        install(previous)
+
+
+@contextmanager
+def dense(model: PreTrainedModel) -> Iterator[None]:
+    """Within, nothing is forgotten (a model's own sliding windows stay)."""
+    with governed(model, Policy()):
+        yield
+
+
+@contextmanager
+def dialled(policy: DMSPolicy, offset: float) -> Iterator[None]:
+    """Within, the policy's dial stands at `offset`."""
+    previous, policy.offset = policy.offset, offset
+    try:
+        yield
+    finally:
+        policy.offset = previous
 
 
 @contextmanager

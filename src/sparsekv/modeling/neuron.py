@@ -5,14 +5,15 @@ has one (arXiv 2506.05345, section 3.1). A forward hook on the module that makes
 `sparse_attention` zeroes it once more after RoPE, unless the checkpoint was trained without that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from sparsekv import dms
-from sparsekv.modeling.attached import AttachedLayer
+from sparsekv.modeling.attached import CALL, AttachedLayer
 from sparsekv.modeling.attention_layers import AttentionLayers
 
 _NORM_AFTER_ROPE = {"NanoChatAttention"}
@@ -23,74 +24,90 @@ def as_read(logits: Tensor) -> Tensor:
     return logits
 
 
-def check(layers: AttentionLayers, source: dms.NeuronSource) -> None:
-    """Raises ValueError, naming the reason, for a model without such a channel."""
+def check(layers: AttentionLayers, source: dms.NeuronSource, *, of: Sequence[str] = ("query",)) -> None:
+    """Raises ValueError, naming the reason, for a model without such a channel in its queries (or `of` what else)."""
     if not isinstance(source, dms.NeuronSource):
         raise ValueError(f"neuron is {source!r}; pass a sparsekv.dms.NeuronSource")
     if not -layers.head_dim <= source.channel < layers.head_dim:
         raise ValueError(f"neuron channel {source.channel} does not exist: the query heads have {layers.head_dim}")
     for index in layers.governed:
-        _query_projection(layers, index)
+        for name in of:
+            Projected.find(layers, index, name)
 
 
 def install(
     layers: AttentionLayers, index: int, *, attached: AttachedLayer, source: dms.NeuronSource
 ) -> Callable[[], None]:
     """Let the layer get its logits from the queries; returns what undoes it."""
+    queries = Projected.find(layers, index, "query")
     attached.neuron = source
-    read = partial(_read_logits, attached, source, _query_heads(layers))
-    return _query_projection(layers, index).register_forward_hook(read).remove
+    return queries.module.register_forward_hook(partial(_read_logits, attached, source, queries)).remove
 
 
 def _read_logits(
-    attached: AttachedLayer, source: dms.NeuronSource, heads: int, _: nn.Module, args: tuple[Any, ...], output: Tensor
+    attached: AttachedLayer,
+    source: dms.NeuronSource,
+    queries: "Projected",
+    _: nn.Module,
+    args: tuple[Any, ...],
+    output: Tensor,
 ) -> Tensor:
     """The forward hook: leaves the logits for the attention function, returns the queries without the channel."""
-    attachment = attached.attachment
-    transposed = _is_transposed(args[0], heads)
-    queries = _by_head(output, heads, attachment.head_dim, transposed)
-    attached.call.hidden = dms.neuron_logits(
-        queries, attachment.kv_heads, channel=source.channel, scale=source.scale, offset=source.offset
+    kv_heads = attached.attachment.kv_heads
+    CALL.hidden = dms.neuron_logits(
+        queries.by_head(args[0], output), kv_heads, channel=source.channel, scale=source.scale, offset=source.offset
     )
-    output = output.clone()
-    queries = _by_head(output, heads, attachment.head_dim, transposed)
-    dms.zero_neuron_(queries, attachment.kv_heads, channel=source.channel, keep=attachment.keep)
+    output, keep = output.clone(), attached.attachment.keep
+    dms.zero_neuron_(queries.by_head(args[0], output), kv_heads, channel=source.channel, keep=keep)
     return output
 
 
-def _query_projection(layers: AttentionLayers, index: int) -> nn.Module:
-    """The module whose output is the queries before RoPE."""
-    module = layers.modules[index]
-    name = type(module).__name__
-    norm = getattr(module, "q_norm", None)
-    if isinstance(norm, nn.Module) and name not in _NORM_AFTER_ROPE:
-        return norm
-    width = _query_heads(layers) * layers.head_dim
-    fused = width + 2 * layers.kv_heads * layers.head_dim
-    for attribute, expected in (("q_proj", width), ("qkv_proj", fused)):
-        projection = getattr(module, attribute, None)
-        if isinstance(projection, nn.Module) and getattr(projection, "out_features", None) == expected:
-            return projection
-    raise ValueError(
-        f"the neuron source cannot read the queries of {name}: it has no q_norm, q_proj or qkv_proj that ends in "
-        f"{width} query channels; use the linear source, policy='dms' with its own heads"
-    )
+@dataclass(frozen=True, kw_only=True)
+class Projected:
+    """Where an attention layer has its queries, or its keys, before RoPE."""
 
+    module: nn.Module
+    """Its output holds them: the norm after the projection where there is one."""
+    linear: nn.Module | None
+    """The projection, where it makes nothing else beside them but the other two."""
+    first: int
+    """Their first channel in the projection's output."""
+    heads: int
+    head_dim: int
 
-def _query_heads(layers: AttentionLayers) -> int:
-    return layers.text_config.num_attention_heads
+    @classmethod
+    def find(cls, layers: AttentionLayers, index: int, of: str) -> Self:
+        """of: "query" or "key". Raises ValueError for a layer that makes them in another way."""
+        module, query_heads = layers.modules[index], layers.text_config.num_attention_heads
+        name, width, q = type(module).__name__, query_heads * layers.head_dim, of[0]
+        heads, first = (query_heads, 0) if of == "query" else (layers.kv_heads, width)
+        norm = getattr(module, f"{q}_norm", None)
+        if not isinstance(norm, nn.Module) or name in _NORM_AFTER_ROPE:
+            norm = None
+        fused = width + 2 * layers.kv_heads * layers.head_dim
+        linear, start = None, 0
+        for attribute, at, expected in ((f"{q}_proj", 0, heads * layers.head_dim), ("qkv_proj", first, fused)):
+            made = getattr(module, attribute, None)
+            if isinstance(made, nn.Module) and getattr(made, "out_features", None) == expected:
+                linear, start = made, at
+        found = norm or linear
+        if found is not None:
+            return cls(module=found, linear=linear, first=start, heads=heads, head_dim=layers.head_dim)
+        raise ValueError(
+            f"the neuron source cannot read the {'queries' if of == 'query' else 'keys'} of {name}: it has no "
+            f"{q}_norm, {q}_proj or qkv_proj that ends in {heads * layers.head_dim} {of} channels; use the linear "
+            "source, policy='dms' with its own heads"
+        )
 
+    def by_head(self, source: Tensor, output: Tensor) -> Tensor:
+        """A view [B, S, heads, D] of what the module made of `source`."""
+        if output.ndim == 4:
+            return output.transpose(1, 2) if self._is_transposed(source) else output
+        first = self.first if self.module is self.linear else 0
+        return output[..., first : first + self.heads * self.head_dim].unflatten(-1, (self.heads, self.head_dim))
 
-def _is_transposed(x: Tensor, heads: int) -> bool:
-    """Whether a query norm's input is [B, heads, S, D], as in Gemma 3, and not [B, S, heads, D], as in Qwen3. The
-    strides tell where S = heads: the input is a view of the projection's output [B, S, heads * D]."""
-    if x.ndim != 4 or x.shape[1] != heads:
-        return False
-    return x.shape[2] != heads or x.stride(1) < x.stride(2)
-
-
-def _by_head(output: Tensor, heads: int, head_dim: int, transposed: bool) -> Tensor:
-    """The queries in a projection's output as a view [B, S, heads, D]."""
-    if output.ndim == 4:
-        return output.transpose(1, 2) if transposed else output
-    return output[..., : heads * head_dim].unflatten(-1, (heads, head_dim))
+    def _is_transposed(self, x: Tensor) -> bool:
+        """Whether a norm's input is [B, heads, S, D], as in Gemma 3, and not [B, S, heads, D], as in Qwen3. The strides
+        tell, since it is a view of the projection's output [B, S, heads * D]; S is not compared with the heads, which
+        would compile a decode step of so many sequences apart."""
+        return x.stride(1) < x.stride(2) if self.heads > 1 else x.shape[2] != 1

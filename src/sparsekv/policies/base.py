@@ -39,7 +39,7 @@ class Step:
     batch: Batch
     hidden: Tensor
     """[T, hidden_size]: the attention layer's input, after its input norm; with a neuron source what was read off the
-    queries and keys before RoPE, [T, kv_heads, ...]."""
+    queries and keys before RoPE: logits [T, kv_heads], or for DMC a packed dmc.BeforeRope."""
     query: Tensor
     """[T, H * G, D], after RoPE."""
     key: Tensor
@@ -97,7 +97,10 @@ class Reading:
 
 
 class Policy:
-    """Dense attention, and the base of every other policy: all tokens are kept and read."""
+    """Dense attention: all tokens are kept and read.
+
+    The base of every other policy, whose docstring begins with what `sparsekv policies` says of it.
+    """
 
     name: ClassVar[str] = "dense"
     masks: ClassVar[bool] = True
@@ -110,6 +113,9 @@ class Policy:
     """Whether `read` gives less than all that is held."""
     weighs: ClassVar[bool] = False
     """Whether `observe` wants each query's log-sum-exp."""
+    ranks_by_weights: ClassVar[bool] = False
+    """Whether it reads attention weights, which costs a second pass over the keys: at each step where it `weighs`, else
+    once a prompt."""
     trained: ClassVar[bool] = False
     """Whether it decides by parameters of its own."""
     frees: ClassVar[bool] = True

@@ -61,8 +61,9 @@ def keep_most(importance: Tensor, live: Tensor, safe: Tensor | None, *, budget: 
     """bool [..., W]: of the live slots the safe ones, and those of the greatest importance that the budget leaves."""
     if safe is not None:
         importance = importance.masked_fill(safe, torch.inf)
-    order = importance.masked_fill(~live, -torch.inf).sort(dim=-1, stable=True).indices
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    return live & (rank >= order.shape[-1] - budget)
+    importance = importance.masked_fill(~live, -torch.inf)
+    count = min(budget, importance.shape[-1])
+    least = importance.topk(count, dim=-1).values[..., -1:]
+    above, equal = importance > least, importance == least
+    from_the_end = equal.flip(-1).cumsum(-1).flip(-1)
+    return live & (above | equal & (from_the_end <= count - above.sum(-1, keepdim=True)))

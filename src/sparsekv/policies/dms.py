@@ -15,9 +15,12 @@ from sparsekv.policies.base import Policy, Step
 
 
 class DMSPolicy(Policy):
-    """sources: per layer, a function from hidden [T, hidden_size] to logits float32 [T, kv_heads]; None where the layer
+    """Each head learned which tokens it can forget, and forgets them when they leave the window.
+
+    sources: per layer, a function from hidden [T, hidden_size] to logits float32 [T, kv_heads]; None where the layer
     is not governed. lag: 0, or 1 for checkpoints in which the logit of token k + 1 decides token k; or the window, for
-    comparisons without a cache: what is decided about a token that leaves the window takes effect at once."""
+    comparisons without a cache: what is decided about a token that leaves the window takes effect at once.
+    """
 
     name = "dms"
     trained = True

@@ -4,6 +4,7 @@ importance[s] = sum of the weights on slot s over all queries since it was writt
 never renormalised. The newest floor(budget / 2) tokens, the new one included, are safe.
 """
 
+import torch
 from torch import Tensor
 
 from sparsekv.cache.state import HeadShape, State
@@ -19,6 +20,7 @@ class H2OPolicy(BudgetPolicy):
 
     name = "h2o"
     weighs = True
+    ranks_by_weights = True
 
     def state(self, shape: HeadShape) -> list[State]:
         return [BORN, State(name="weight", kind="slot", dtype=shape.wide)]
@@ -30,7 +32,8 @@ class H2OPolicy(BudgetPolicy):
 
     def placed(self, step: Step, pages: LayerPages, slots: Tensor | None) -> None:
         new = record_births(step, pages, slots)
-        step.state.slot["weight"].view(-1)[new] = 0
+        weights = step.state.slot["weight"].view(-1)
+        weights[new] = torch.zeros_like(new, dtype=weights.dtype)
 
     def observe(self, step: Step, pages: LayerPages, lse: Tensor | None) -> None:
         added = weigh(pages, step.batch, step.query, scale=step.scale, longest=step.most, lse=lse)

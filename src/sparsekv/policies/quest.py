@@ -30,7 +30,10 @@ def quest_page(cr: float | None) -> int:
 
 
 class QuestPolicy(Policy):
-    """Reads the pages that hold about `budget` tokens; page_size: tokens of a page."""
+    """Holds all, and reads the pages of about `budget` tokens that may matter most to the query.
+
+    page_size: tokens of a page.
+    """
 
     name = "quest"
     masks = False
@@ -52,7 +55,10 @@ class QuestPolicy(Policy):
 
 
 class DMSQuestPolicy(DMSPolicy):
-    """Holds what DMS holds and reads of it as Quest does. budget, page_size: Quest's; the rest: DMSPolicy's."""
+    """Holds what DMS holds, and reads of it as Quest does.
+
+    budget, page_size: Quest's; the rest: DMSPolicy's.
+    """
 
     name = "dms-quest"
     masks = False

@@ -52,7 +52,7 @@ class RandomPolicy(BudgetPolicy):
 
     def placed(self, step: Step, pages: LayerPages, slots: Tensor | None) -> None:
         new = record_births(step, pages, slots)
-        step.state.slot["prompt"].view(-1)[new] = not step.decoding
+        step.state.slot["prompt"].view(-1)[new] = torch.full_like(new, not step.decoding, dtype=torch.bool)
         if not step.decoding:
             tokens = step.state.row["prompt_tokens"]
             tokens[step.batch.rows] += step.batch.counts

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from sparsekv.policies.base import Policy
+from sparsekv.policies.dmc import DMCPolicy
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.policies.h2o import H2OPolicy
 from sparsekv.policies.quest import DMSQuestPolicy, QuestPolicy, quest_page
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Policy]] = {
     kind.name: kind
     for kind in (
         Policy,
+        DMCPolicy,
         DMSPolicy,
         DMSQuestPolicy,
         H2OPolicy,
@@ -42,7 +44,7 @@ class Method:
     """Whether it takes `budget`, and so `cr` by the rule (input + output tokens) / cr."""
     needs_training: bool
     needs_weights: bool
-    """Whether it reads attention weights, which costs a second pass over the keys."""
+    """Whether it reads attention weights, which costs a second pass over the keys, at each step or once a prompt."""
     frees_memory: bool
     recordable: bool
     """Whether decode steps run in CUDA graphs."""
@@ -55,24 +57,25 @@ class Method:
 
 
 def policy_names() -> list[str]:
-    """The names that `make_policy` and `attach` know; those of DMS need eviction heads, which `attach` makes."""
+    """The names that `make_policy` and `attach` know; DMS and DMC decide by parameters, which `attach` makes."""
     return sorted(METHODS)
 
 
 def describe(name: str) -> Method:
     """Raises ValueError for an unknown name."""
     kind = _kind(name)
-    options = [o for o in inspect.signature(kind).parameters if o not in ("args", "options", "sources", "page_size")]
+    taken = inspect.signature(kind).parameters
+    options = [o for o in taken if o not in ("args", "options", "sources", "page_size")]
     if kind.trained:
-        options = sorted({*options, "window", "lag"})
+        options = sorted({*options, *(("window", "lag") if "options" in taken else ())})  # DMS's own
     return Method(
         name=name,
-        about=(inspect.getmodule(kind).__doc__ or "").split("\n\n")[0].replace("\n", " "),  # pyright: ignore
+        about=(inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " "),
         options=options,
         budget="budget" in options,
         needs_training=kind.trained,
-        needs_weights=kind.weighs,
-        frees_memory=kind.frees,
+        needs_weights=kind.ranks_by_weights,
+        frees_memory=kind.frees and kind is not Policy,
         recordable=kind.recordable,
         exact_under=["fork", "prefix reuse", "swap"],
     )
@@ -86,7 +89,9 @@ def make_policy(name: str, *, cr: float | None = None, tokens: int | None = None
     """
     kind = _kind(name)
     if kind.trained:
-        raise ValueError(f"policy {name!r} needs eviction heads: use sparsekv.attach, which makes or loads them")
+        raise ValueError(
+            f"policy {name!r} has learned what it decides: use sparsekv.attach, which makes or loads its parameters"
+        )
     if cr is not None:
         options |= budget_options(name, cr=cr, tokens=tokens, given=options)
     return build(partial(kind), name, options)

@@ -25,6 +25,7 @@ class SnapKVPolicy(Policy):
     masks = False
     prunes = True
     rewrites = True
+    ranks_by_weights = True
 
     def __init__(self, *, budget: int) -> None:
         check_budget(self.name, budget, least=WINDOW + 1)

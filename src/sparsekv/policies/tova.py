@@ -19,6 +19,7 @@ class TOVAPolicy(BudgetPolicy):
 
     name = "tova"
     weighs = True
+    ranks_by_weights = True
 
     def state(self, shape: HeadShape) -> list[State]:
         query = (shape.kv_heads * shape.group, shape.dim)

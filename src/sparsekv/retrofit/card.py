@@ -13,12 +13,10 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
     made = adapter.training
     parts = [
         "---\nlibrary_name: sparsekv\n"
-        f"base_model: {adapter.base_model_name_or_path}\ntags: [dms, kv-cache]\n---\n\n"
-        f"# Eviction heads for {adapter.base_model_name_or_path}\n\n"
-        "One set of heads that says which tokens each KV head can forget (Dynamic Memory Sparsification, arXiv "
-        f"2506.05345), trained towards ratio {made['final_cr']:g}{_marked(made)}, with an offset on their logits for "
-        "every ratio from 1 to "
-        f"{adapter.max_cr:.3g}. {_base(adapter, config)}\n",
+        f"base_model: {adapter.base_model_name_or_path}\ntags: [{adapter.policy}, kv-cache]\n---\n\n"
+        f"# {_title(adapter)} for {adapter.base_model_name_or_path}\n\n"
+        f"{_about(adapter)}, trained towards ratio {made['final_cr']:g}{_marked(made)}, with an offset on the logits "
+        f"for every ratio from 1 to {adapter.max_cr:.3g}. {_base(adapter, config)}\n",
         "## Training\n\n"
         f"{made['steps']} steps of {config.batch} x {config.length} tokens in {made['minutes']:g} minutes on "
         f"{made['hardware']} (torch {made['torch']}); of the rows {describe_data(config.data)}, some of each text held "
@@ -39,6 +37,22 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
 def _marked(made: dict[str, Any]) -> str:
     """How far training came; not every adapter says."""
     return f" (its last step marked {made['marked']:.1%} of tokens)" if "marked" in made else ""
+
+
+def _title(adapter: AdapterConfig) -> str:
+    return "Merging" if adapter.policy == "dmc" else "Eviction heads"
+
+
+def _about(adapter: AdapterConfig) -> str:
+    if adapter.policy == "dmc":
+        return (
+            "A channel of the keys says which tokens each KV head merges into the slot before theirs, one of the "
+            "queries how much each weighs (Dynamic Memory Compression, arXiv 2403.09636)"
+        )
+    return (
+        "One set of heads that says which tokens each KV head can forget (Dynamic Memory Sparsification, arXiv "
+        "2506.05345)"
+    )
 
 
 def _base(adapter: AdapterConfig, config: RetrofitConfig) -> str:

@@ -16,12 +16,13 @@ from sparsekv.evals.settings import CalibrationConfig, EvaluationConfig
 from sparsekv.retrofit.data_config import Source, check_data
 from sparsekv.retrofit.parse import parse, read_yaml
 
+POLICIES = ("dms", "dmc")
 DIVERGENCES = ("kl_teacher_student", "kl_student_teacher")
 FRACTIONS = ("soft", "hard")
 TRAINABLE = ("heads", "lora", "all")
 GRANULARITIES = ("head", "layer")
 SOURCES = ("linear", "neuron")
-PULLS = ("hinge_mean", "hinge_sum", "bernoulli_kl")
+PULLS = ("hinge_mean", "hinge_sum", "hinge_text", "bernoulli_kl")
 HOLDS = ("max", "random")
 BASE_LR = {"lora": 5e-4, "all": 3e-5}
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -78,6 +79,8 @@ class RetrofitConfig:
     """The adapter's folder; the resolved config, metrics and checkpoints go there too."""
     data: list[Source]
     """What it is trained on: a blend of sources; see data_config.py."""
+    policy: str = "dms"
+    """dms, or dmc: tokens merge into the slot before; with source: neuron, trainable: all and lag: 1."""
     trainable: str = "heads"
     """heads: the base is frozen; lora: low-rank weights beside the heads; all: every weight."""
     teacher: str | None = None
@@ -89,6 +92,7 @@ class RetrofitConfig:
     granularity: str = "head"
     """head: each KV head decides; layer: the KV heads of a layer decide as one."""
     window: int = 64
+    """dms: tokens that every query sees, the current one included; dmc: tokens that a mean reaches back in training."""
     lag: int = 0
     """0, or 1: the next token decides; or the window, immediate eviction, for comparisons without a cache."""
     tau: float = 0.1
@@ -123,8 +127,8 @@ class RetrofitConfig:
     """Largest gradient norm."""
     divergence: str = "kl_teacher_student"
     pull: str = "hinge_mean"
-    """Towards the target: hinge_mean; hinge_sum, over a row's layers, heads and tokens as in the paper; bernoulli_kl,
-    two-sided."""
+    """Towards the target: hinge_mean; hinge_sum, over a row's layers, heads and tokens as in DMS's paper; hinge_text,
+    each row for itself as in DMC, hard; bernoulli_kl, two-sided."""
     fraction: str = "soft"
     """What is pulled: the mean of soft alpha, or of hard marks with alpha's gradient (straight-through)."""
     seed: int = 0
@@ -142,6 +146,7 @@ class RetrofitConfig:
     """null: nothing is measured after calibration."""
 
     def __post_init__(self) -> None:
+        _one_of("policy", self.policy, POLICIES)
         _one_of("trainable", self.trainable, TRAINABLE)
         _one_of("divergence", self.divergence, DIVERGENCES)
         _one_of("fraction", self.fraction, FRACTIONS)
@@ -150,8 +155,14 @@ class RetrofitConfig:
             self.source == "linear" or self.trainable == "all" and self.granularity == "head",
             "source: neuron has no heads to train and no logit of a layer: use trainable: all and granularity: head",
         )
+        _need(
+            self.policy == "dms" or self.source == "neuron" and self.lag == 1,
+            "policy: dmc decides by a channel of the keys, of each token about the one before: use source: neuron, "
+            "trainable: all and lag: 1",
+        )
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("pull", self.pull, PULLS)
+        _need(self.pull != "hinge_text" or self.fraction == "hard", "pull: hinge_text counts hard: use fraction: hard")
         _one_of("hold", self.hold, HOLDS)
         _one_of("device", self.device, DEVICES)
         _need(self.window >= 1, f"window is {self.window}; it counts the current token, so use at least 1")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from sparsekv import dms
+from sparsekv import dmc, dms
 from sparsekv.modeling import contexts
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.contexts import SoftGates
@@ -55,7 +55,7 @@ class Draw:
 
 
 class Distillation(nn.Module):
-    """student: attached with DMS and within contexts.soft; teacher: None where the student's frozen base is one."""
+    """student: attached with DMS or DMC, within contexts.soft; teacher: None where the student's frozen base is one."""
 
     def __init__(
         self, student: PreTrainedModel, config: RetrofitConfig, *, teacher: PreTrainedModel | None = None
@@ -92,11 +92,15 @@ class Distillation(nn.Module):
         self._remember(gates, policy.offset)
         fractions = over_processes(marked_fractions(gates.gates, hard=config.fraction == "hard"))
         count = sum(gate.numel() for gate in gates.gates.values()) // len(input_ids)
-        pull = pull_to(draw.target, fractions.mean(), kind=config.pull, count=count)
+        if config.pull == "hinge_text":
+            alphas = [gate.sigmoid().unflatten(0, (len(input_ids), -1)) for gate in gates.gates.values()]
+            pull = dmc.compression_loss(alphas, draw.target)
+        else:
+            pull = pull_to(draw.target, fractions.mean(), kind=config.pull, count=count)
         return {
             "loss": divergence + pull,
             "divergence": over_processes(divergence.detach()),
-            "pull": pull.detach(),
+            "pull": over_processes(pull.detach()),
             "fractions": fractions.detach(),
         }
 

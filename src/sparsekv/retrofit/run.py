@@ -38,7 +38,7 @@ from sparsekv.retrofit.documents import Documents, read_all
 from sparsekv.retrofit.documents import held_out as held_out_of
 from sparsekv.retrofit.export import MODEL_FOLDER, export
 from sparsekv.retrofit.metrics import METRICS_FILE
-from sparsekv.retrofit.trainer import adapter_config, neuron_source, train
+from sparsekv.retrofit.trainer import adapter_config, train
 
 CONFIG_COPY, EVAL_FILE, CARD_FILE = "config.yaml", "eval.json", "README.md"
 
@@ -116,6 +116,9 @@ def prepare_output(config: RetrofitConfig) -> Path:
 
 def check_processes(config: RetrofitConfig, processes: int) -> None:
     """Raises ValueError where the processes cannot share the model as tensor_parallel asks."""
+    sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if sharded and config.policy == "dmc":
+        raise ValueError("policy: dmc clears rows of weights that each process must hold whole: launch without FSDP")
     if config.tensor_parallel == 1:
         return
     if config.tensor_parallel != processes:
@@ -123,7 +126,7 @@ def check_processes(config: RetrofitConfig, processes: int) -> None:
             f"tensor_parallel is {config.tensor_parallel} and the processes are {processes}: all of them share the "
             "model, so start as many with `accelerate launch --num_processes`"
         )
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if sharded:
         raise ValueError("tensor_parallel shares the model between all processes: launch them without FSDP's settings")
     for name in {config.model, config.teacher or config.model}:
         check_shared(name, processes)
@@ -136,7 +139,7 @@ def load_for_training(config: RetrofitConfig) -> tuple[PreTrainedModel, PreTrain
     model, tokenizer = load_model(
         config.model, device=device_of(config), dtype=dtype, tensor_parallel=config.tensor_parallel
     )
-    attach(model, policy="dms", window=config.window, lag=config.lag, neuron=neuron_source(config))
+    attach(model, policy=config.policy, **adapter_config(model, config).policy_options())
     return model, tokenizer
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sparsekv import dms
+from sparsekv import dmc, dms
 from sparsekv.retrofit.config import RetrofitConfig
 
 
@@ -19,8 +19,11 @@ def step_target(config: RetrofitConfig, step: int) -> tuple[float, float | None]
 
 
 def channel_kept(config: RetrofitConfig, step: int) -> float | None:
-    """1 - t / fade_steps: the share of a neuron source's channel that attention still sees; None after that stage."""
-    return 1 - step / config.fade_steps if step <= config.fade_steps else None
+    """The share of a neuron source's channel that attention still sees: 1 - t / fade_steps, for DMC nothing over the
+    last fifth; None after that stage."""
+    if step > config.fade_steps:
+        return None
+    return dmc.neuron_keep(step, steps=config.fade_steps) if config.policy == "dmc" else 1 - step / config.fade_steps
 
 
 class Progress:

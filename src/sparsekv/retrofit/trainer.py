@@ -31,6 +31,7 @@ from sparsekv.modeling import contexts
 from sparsekv.modeling.adapter import HEAD, AdapterConfig, base_shape
 from sparsekv.modeling.attach import attachment_of, heads
 from sparsekv.modeling.compiled import compiled_layers
+from sparsekv.modeling.dmc import clear_channel
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.retrofit import checkpoint as checkpoints
 from sparsekv.retrofit.config import RetrofitConfig
@@ -50,7 +51,7 @@ def train(
     teacher: PreTrainedModel | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Train a model attached with DMS, in place; resumes from the newest whole checkpoint in config.output.
+    """Train a model attached with DMS or DMC, in place; resumes from the newest whole checkpoint in config.output.
 
     teacher: another model to learn from; needed where all weights are trained. Returns what was trained by the names of
     a Distillation's parameters, on the CPU. Raises ValueError for a loss that is not finite or heads that get no
@@ -77,6 +78,7 @@ def adapter_config(model: PreTrainedModel, config: RetrofitConfig, **training: A
         base_shape=base_shape(model),
         window=config.window,
         lag=config.lag,
+        policy=config.policy,
         source=config.source,
         neuron=neuron_source(config),
         r=0 if lora is None else lora.rank,
@@ -103,6 +105,20 @@ def make_trainable(model: PreTrainedModel, config: RetrofitConfig) -> None:
         head.shared = config.granularity == "layer"
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+class ClearChannel(TrainerCallback):
+    """DMC: once the channel is faded out nothing merges, and all weigh alike, until that is learned."""
+
+    def __init__(self, model: PreTrainedModel, fade_steps: int) -> None:
+        self.model, self.fade_steps = model, fade_steps
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Every process calls it."""
+        if state.global_step == self.fade_steps:
+            clear_channel(self.model)
 
 
 class Family(TrainerCallback):
@@ -186,7 +202,10 @@ class RetrofitTrainer(Trainer):
         metrics = MetricsCallback(Path(config.output), progress=progress, tensorboard=config.tensorboard)
         distillation: Any = Distillation(model, config, teacher=teacher)
         distillation._is_accelerate_prepared = config.tensor_parallel > 1  # gradients are whole everywhere: no DDP
-        super().__init__(model=distillation, args=arguments, train_dataset=rows, callbacks=[metrics, Family(self)])
+        callbacks = [metrics, Family(self)]
+        if config.policy == "dmc":
+            callbacks.append(ClearChannel(model, config.fade_steps))
+        super().__init__(model=distillation, args=arguments, train_dataset=rows, callbacks=callbacks)
         self.pop_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
         self.metrics = metrics

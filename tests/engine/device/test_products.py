@@ -8,7 +8,6 @@ import torch
 from helpers import tiny_model, tokens
 from sparsekv.engine.device.merge import lay_end_to_end, merge
 from sparsekv.engine.device.products import with_own_products
-from sparsekv.ops.linear import workspace_for
 
 
 @pytest.mark.parametrize(("family", "left"), [("Llama", 0), ("Qwen3", 0), ("Gemma3", 0), ("Qwen2", 3)])
@@ -18,11 +17,10 @@ def test_every_product_without_a_bias(family: str, left: int) -> None:
     model, ids = tiny_model(family), tokens(2, 9)
     lay_end_to_end(model)
     expected = model(ids, use_cache=False).logits
-    workspace = workspace_for(ids.device)
     counts: dict[str, int] = {}
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        own = with_own_products(merge(graph, inputs), workspace)
+        own = with_own_products(merge(graph, inputs))
         targets = [node.target for node in own.graph.nodes]
         counts["own"] = targets.count(torch.ops.sparsekv.linear.default)
         counts["left"] = targets.count(torch.nn.functional.linear)
@@ -35,7 +33,5 @@ def test_every_product_without_a_bias(family: str, left: int) -> None:
 
 
 def test_the_opaque_product_declares_its_output() -> None:
-    workspace = workspace_for(torch.device("cpu"))
-    with_own_products(torch.fx.symbolic_trace(torch.nn.Identity()), workspace)
-    arguments = (torch.randn(1, 3, 8), torch.randn(5, 8), id(workspace))
+    arguments = (torch.randn(1, 3, 8), torch.randn(5, 8))
     torch.library.opcheck(torch.ops.sparsekv.linear.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -12,7 +12,8 @@ from transformers import (
 from serving import attached, engine, greedy, prompts
 from sparsekv import SamplingParams
 from sparsekv.engine.device.history import TokenHistory
-from sparsekv.engine.device.sampler import SamplingBatch, cut, sample
+from sparsekv.engine.device.sampler import SamplingBatch, sample
+from sparsekv.ops.draw.reference import cut
 from sparsekv.ops.noise import mix, uniform
 
 
@@ -22,7 +23,6 @@ def _batch(count: int, **fields: object) -> SamplingBatch:
         "seed": torch.full((count,), 7),
         "index": torch.arange(count),
         "temperature": torch.ones(count),
-        "greedy": None,
         "filters": None,
         "penalised": None,
         "penalties": None,

@@ -106,7 +106,7 @@ class _Device:
         step = self.flight.pop(0)
         self.read_back.update(step.samples)
         self.scheduler.ledger.settle(self.lengths.copy(), self.free)
-        self.scheduler.observe_ratio()
+        self.scheduler.observe_ratio(self.lengths.sum((0, 2)))
         return [s for s in step.samples if self.read_back[s] == s.request.most_new]
 
     def act(self, action: SwapIn | SwapOut) -> None:

@@ -69,7 +69,7 @@ def scene(
     pages = (sequences + 1) * heads * (most // page_size + 1)
     pool = PagePool(pages, page_size=page_size, head_dim=dim, dtype=dtype, device=DEVICE)
     pool.kv.fill_(torch.nan)
-    pool.free.copy_(torch.randperm(pages, generator=generator))
+    pool.free[:-1] = torch.randperm(pages, generator=generator)
     layer = RaggedCache(pool, [window], kv_heads=heads, rows=sequences + 1, max_tokens=most).layer(0)
     layer.ring.fill_(2 * 3 + 1)
     rows = torch.arange(sequences, 0, -1, device=DEVICE)

@@ -1,10 +1,7 @@
 """EngineCache: the transformers.Cache face of the engine's rows, for one packed forward [1, T] of an unmodified model.
 
-The first tokens are decodes, one per row; the rest are chunks of prompts. To torch.compile one layer is one opaque
-operation, sparsekv::attend, so that a graph records the kernels and nothing of the cache.
+The first tokens are decodes, one per row; the rest are chunks of prompts.
 """
-
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -25,8 +22,6 @@ class EngineCache(PagedCache):
         policies = [attached.policy for attached in attachment.layers]
         self.executor = Executor(ragged, policies, count_reads=any(policy.selects for policy in policies))
         self.parts: tuple[Part | None, Part | None] = (None, None)
-        self.handle = id(self)
-        _CACHES[self.handle] = self
 
     @property
     def ragged(self) -> RaggedCache:
@@ -47,8 +42,6 @@ class EngineCache(PagedCache):
     ) -> Tensor:
         """One layer of a forward. hidden: [1, T, hidden_size]; q: [1, H * G, T, D]; k, v: [1, H, T, D]; mask: None.
         Returns [1, T, H * G, D]."""
-        if torch.compiler.is_compiling():
-            return torch.ops.sparsekv.attend(*qkv, hidden, attached.layer, self.handle, scale)
         return self.attend_packed(attached.layer, hidden, qkv, scale)
 
     def attend_packed(self, layer: int, hidden: Tensor, qkv: tuple[Tensor, Tensor, Tensor], scale: float) -> Tensor:
@@ -62,18 +55,7 @@ class EngineCache(PagedCache):
                 first += part.tokens
         return (outs[0] if len(outs) == 1 else torch.cat(outs))[None]
 
-
-_CACHES: WeakValueDictionary[int, EngineCache] = WeakValueDictionary()
-
-
-@torch.library.custom_op("sparsekv::attend", mutates_args=())
-def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, layer: int, handle: int, scale: float) -> Tensor:
-    """EngineCache.attend as one operation. It writes to the cache, which the compiler does not see; each layer's input
-    depends on the output of the one before, which keeps them in order."""
-    # Contiguous, as the fake below promises the compiler; the kernels' outputs are so already.
-    return _CACHES[handle].attend_packed(layer, hidden, (q, k, v), scale).contiguous()
-
-
-@attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, layer: int, handle: int, scale: float) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+    def reset(self) -> None:
+        """Forget a forward that did not end."""
+        self.parts = (None, None)
+        self.executor.reset()

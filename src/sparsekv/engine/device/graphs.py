@@ -1,11 +1,12 @@
-"""Decode steps as CUDA graphs of the compiled, unmodified model, one for each batch bucket.
+"""Decode steps as CUDA graphs of the compiled, unmodified model, one for each batch bucket, recorded when first used.
 
 A graph reads static buffers: token ids, positions and rows. A step smaller than its bucket is padded with row -1, which
 the kernels skip. Lengths, page tables and the offset live in tensors that never move, so nothing is ever re-recorded.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sparsekv.attend import Part
 from sparsekv.engine.device.cache import EngineCache
 from sparsekv.engine.device.merge import lay_end_to_end, merge
 from sparsekv.engine.device.products import with_own_products
+from sparsekv.engine.device.regions import CompiledForward
 from sparsekv.ops.layout import Batch
 from sparsekv.ops.linear import workspace_for
 from sparsekv.policies import Policy
@@ -29,13 +31,10 @@ INDUCTOR = {"combo_kernels": True, "triton.enable_pdl": True}
 """Kernels that do not depend on each other become one (norms and RoPE of q and of k), and kernels start before those in
 front have ended (programmatic dependent launch, where the device has it)."""
 
-Forward = Callable[[Tensor, Tensor], Tensor]
-"""(ids int64 [1, T], positions int64 [1, T]) -> logits [T, vocab]."""
-
 
 def buckets_up_to(rows: int) -> list[int]:
-    """1, 2, 4, 8, 16, 24, ... and rows itself."""
-    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, rows + 1, 16)]
+    """2, 4, 8, 16, 32, 48, ... and rows itself: a padded place costs little, a recording some tenths of a second."""
+    sizes = [2, 4, 8, 16, 32, 48, 64, *range(96, 256, 32), *range(256, rows + 1, 64)]
     return [*(size for size in sizes if size < rows), rows]
 
 
@@ -48,10 +47,10 @@ def why_not_recordable(policies: Sequence[Policy]) -> str | None:
 
 
 class DecodeGraphs:
-    """Records on construction. forward: see compiled_decode; sizes: batches to record, such as buckets_up_to(rows);
-    max_tokens: of any sequence."""
+    """forward: of compiled_decode; sizes: batches that may be recorded, such as buckets_up_to(rows); max_tokens: of any
+    sequence. The largest is recorded on construction, so that what it takes is compiled and allocated by then."""
 
-    def __init__(self, forward: Forward, cache: EngineCache, *, sizes: list[int], max_tokens: int) -> None:
+    def __init__(self, forward: CompiledForward, cache: EngineCache, *, sizes: list[int], max_tokens: int) -> None:
         rows, device = max(sizes), cache.ragged.lengths.device
         self.cache = cache
         self.max_tokens = max_tokens
@@ -60,18 +59,18 @@ class DecodeGraphs:
         self.rows = torch.full((rows,), -1, dtype=torch.int64, device=device)
         self.seen = torch.zeros(rows, dtype=torch.int32, device=device)
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self._forward = forward
+        self.forward = forward
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        pool = torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.graph_pool_handle()
         self._sizes = sorted(sizes)
-        for size in reversed(self._sizes):
-            self._graphs[size] = self._record(size, pool)
-        log.info("recorded decode graphs for batches of %s", self._sizes)
+        self._graphs[rows] = self._record(rows)
 
     def run(self, ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """ids, rows, positions: int64 [n] on the device. Returns logits [n, vocab], valid until the next run."""
         count = ids.shape[0]
         size = next(size for size in self._sizes if size >= count)
+        if size not in self._graphs:
+            self._graphs[size] = self._record(size)
         self.ids[0, :count] = ids
         self.positions[0, :count] = positions
         self.seen[:count] = positions
@@ -81,18 +80,22 @@ class DecodeGraphs:
         graph.replay()
         return logits[:count]
 
-    def _record(self, size: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _record(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        begun = time.perf_counter()
+        self.rows.fill_(-1)  # the warm-ups run for real
         self.cache.parts = (self._part(size), None)
         ids, positions = self.ids[:, :size], self.positions[:, :size]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                self._forward(ids, positions)
+                self.forward(ids, positions)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            logits = self._forward(ids, positions)
+        # Other threads may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits = self.forward(ids, positions)
+        log.info("recorded a decode graph for a batch of %d in %.1f s", size, time.perf_counter() - begun)
         return graph, logits
 
     def _part(self, size: int) -> Part:
@@ -100,32 +103,12 @@ class DecodeGraphs:
         return Part(batch=batch, seen=self.seen[:size], tokens=size, most=self.max_tokens)
 
 
-def decode_backend(device: torch.device) -> Callable[[fx.GraphModule, list[Any]], Any]:
-    """A torch.compile backend: inductor on a graph with merged projections and our own matrix products."""
-    workspace = workspace_for(device)
-
-    def compile(graph: fx.GraphModule, inputs: list[Any]) -> Any:
-        return compile_fx(with_own_products(merge(graph, inputs), workspace), inputs, config_patches=INDUCTOR)
-
-    return compile
+def backend(graph: fx.GraphModule, inputs: list[Any]) -> Any:
+    """Inductor on a graph with merged projections and our own matrix products; a torch.compile backend."""
+    return compile_fx(with_own_products(merge(graph, inputs)), inputs, config_patches=INDUCTOR)
 
 
-def compiled_decode(model: Any, cache: EngineCache, *, backend: Any = None) -> Forward:
-    """The model's forward, compiled whole. One compilation serves all buckets above 1: their size is dynamic.
-
-    backend: torch.compile's; None takes decode_backend.
-    """
+def compiled_decode(model: Any, cache: EngineCache, *, backend: Any = backend) -> CompiledForward:
+    """The model's forward in compiled pieces, over rows of the cache. backend: torch.compile's."""
     lay_end_to_end(model)
-
-    def forward(ids: Tensor, positions: Tensor) -> Tensor:
-        return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
-
-    compiled = torch.compile(forward, fullgraph=True, backend=backend or decode_backend(cache.ragged.lengths.device))
-
-    def run(ids: Tensor, positions: Tensor) -> Tensor:
-        if ids.shape[1] > 1:
-            torch._dynamo.mark_dynamic(ids, 1)
-            torch._dynamo.mark_dynamic(positions, 1)
-        return compiled(ids, positions)
-
-    return run
+    return CompiledForward(model, cache, workspace=workspace_for(cache.ragged.lengths.device), backend=backend)

@@ -19,13 +19,16 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @torch.no_grad()
 def lay_end_to_end(model: nn.Module) -> None:
-    """Make the weights of each group without biases adjacent views of one buffer."""
+    """Make the weights of each group without biases adjacent views of one buffer. Weights that are so already stay
+    where they are: graphs of another engine over this model may read them there."""
     for module in model.modules():
         for names in GROUPS:
             group = [getattr(module, name, None) for name in names]
             if not all(type(x) is nn.Linear and x.bias is None for x in group):
                 continue
             weights = [x.weight for x in group if isinstance(x, nn.Linear)]
+            if _adjacent(weights):
+                continue
             whole = torch.cat([weight.detach() for weight in weights])
             for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
                 weight.data = part

@@ -1,8 +1,8 @@
 """Runs what the scheduler decided. It alone touches the device.
 
 A step is one packed forward [1, T]: the last token of each decoding row, which never leaves the device, then chunks of
-prompts. Decode-only steps on a GPU replay a CUDA graph. Nothing here waits for the device but Pending.result() and the
-operations that change rows: release, fork, swap.
+prompts. With CUDA graphs it is two: decodes replay theirs whatever else comes, and chunks follow, compiled. Nothing
+here waits for the device but Pending.result() and the operations that change rows: release, fork, swap.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from sparsekv.cache.swap import SwappedRow, swap_in, swap_out
 from sparsekv.engine.device.cache import EngineCache
 from sparsekv.engine.device.graphs import DecodeGraphs
 from sparsekv.engine.device.history import TokenHistory
+from sparsekv.engine.device.regions import CompiledForward
 from sparsekv.engine.device.sampler import SamplingBatch, sample, sampling_batch, upload
 from sparsekv.engine.schedule.ledger import Lengths
 from sparsekv.engine.schedule.request import Sequence
@@ -71,14 +72,23 @@ class Pending:
 
 
 class Runner:
-    """model: attached, in evaluation mode; cache: over rows that are all empty; graphs: for decode-only steps."""
+    """model: attached, in evaluation mode; cache: over rows that are all empty; graphs: for decodes; forward: compiled,
+    for all else, that of the graphs where there are any; None = the model as it is."""
 
-    def __init__(self, model: PreTrainedModel, cache: EngineCache, *, graphs: DecodeGraphs | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: EngineCache,
+        *,
+        graphs: DecodeGraphs | None = None,
+        forward: CompiledForward | None = None,
+    ) -> None:
         self.model: Any = model
         self.cache = cache
         self.ragged: RaggedCache = cache.ragged
         self.device = self.ragged.lengths.device
         self.graphs = graphs
+        self.forward = graphs.forward if graphs is not None else forward
         self.history = TokenHistory(self.ragged.rows, self.device)
         self.last_token = torch.zeros(self.ragged.rows, dtype=torch.int64, device=self.device)
         self._batch: tuple[list[Sequence], SamplingBatch] | None = None
@@ -93,20 +103,26 @@ class Runner:
         rows, positions, targets = upload(flat, torch.int64, self.device).split(
             [len(decodes), len(decodes), len(samples)]
         )
-        if chunks or self.graphs is None:
-            most = max((s.placed + 1 for s in decodes), default=1)
-            logits = self._forward(rows, positions, chunks, most=most)
-        else:
-            logits = self.graphs.run(self.last_token[rows], rows, positions)
+        most = max((s.placed + 1 for s in decodes), default=1)
+        logits = self._logits(rows, positions, chunks, most=most)
         tensors = self._sample(logits, samples, chunks, targets) if samples else {"tokens": targets}
         tensors |= {"lengths": self.ragged.lengths, "free": self.ragged.pool.free_count}
         if self.cache.reads is not None:
             tensors["reads"] = self.cache.reads
         return Pending(tensors)
 
-    def _forward(self, rows: Tensor, positions: Tensor, chunks: list[Chunk], *, most: int) -> Tensor:
+    def _logits(self, rows: Tensor, positions: Tensor, chunks: list[Chunk], *, most: int) -> Tensor:
         """Logits [samples' sources, vocab]: of each decode, and of the last token of each prompt that is complete.
         most: at least the tokens of any decoding sequence."""
+        if self.graphs is None or not len(rows):
+            return self._packed(rows, positions, chunks, most=most)
+        logits = self.graphs.run(self.last_token[rows], rows, positions)
+        if not chunks:
+            return logits
+        return torch.cat([logits, self._packed(rows[:0], positions[:0], chunks, most=most)])
+
+    def _packed(self, rows: Tensor, positions: Tensor, chunks: list[Chunk], *, most: int) -> Tensor:
+        """As _logits, in one forward."""
         n, ids = len(rows), self.last_token[rows]
         keep = torch.arange(n, device=self.device)
         decode = None
@@ -120,15 +136,21 @@ class Runner:
             ids, positions = torch.cat([ids, new_ids]), torch.cat([positions, new_positions])
             keep = torch.cat([keep, ends])
         self.cache.parts = (decode, prefill)
-        logits = self.model(
-            input_ids=ids[None],
-            position_ids=positions[None],
+        logits = self._run(ids[None], positions[None], keep)
+        self._finish_prompts(chunks)
+        return logits
+
+    def _run(self, ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
+        if self.forward is not None:
+            return self.forward(ids, positions, keep)
+        out = self.model(
+            input_ids=ids,
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=keep,
-        ).logits[0]
-        self._finish_prompts(chunks)
-        return logits
+        )
+        return out.logits[0]
 
     def _chunks(self, chunks: list[Chunk], first: int) -> tuple[Part, Tensor, Tensor, Tensor]:
         """The part, token ids and positions [T], and where the complete prompts end, `first` tokens further on."""
@@ -208,6 +230,13 @@ class Runner:
         """Free the pages of rows."""
         self._batch = None
         self.ragged.release(torch.tensor(rows, device=self.device))
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Empty the cache, whatever state it is in."""
+        self._batch = None
+        self.cache.reset()
+        self.ragged.reset()
 
     def fork_cost(self, row: int) -> int:
         """Pages that a copy of the row takes."""

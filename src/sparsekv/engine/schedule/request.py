@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from sparsekv.engine.outputs import CompletionOutput, Logprob, RequestKV, RequestOutput, Session
+from sparsekv.engine.outputs import CompletionOutput, Logprob, RequestKV, RequestMetrics, RequestOutput, Session
 from sparsekv.engine.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -28,15 +28,22 @@ class Status(Enum):
 
 @dataclass(kw_only=True)
 class Counters:
-    """What a sample held and read, in slots (bounds: pages) summed over layers and heads."""
+    """What a sample has placed, in tokens, and held and read, in slots (bounds: pages) summed over layers and heads: of
+    the steps that have been read back, up to the one that finished it."""
 
+    seen: int = 0
     reads: int = 0
     bounds: int = 0
     held: int = 0
     peak: int = 0
 
-    def hold(self, slots: int) -> None:
-        self.held, self.peak = slots, max(self.peak, slots)
+    def add(self, tokens: int, *, held: int, read: int = 0, bounds: int = 0, peak: int = 0) -> None:
+        """A step placed tokens, left `held` and read `read` slots; peak: held for a while in between."""
+        self.seen += tokens
+        self.held = held
+        self.reads += read
+        self.bounds += bounds
+        self.peak = max(self.peak, held, peak)
 
     def copy(self) -> "Counters":
         return replace(self)
@@ -104,6 +111,18 @@ class Sequence:
         assert self.row is not None
         return self.row
 
+    def read_text(self) -> str:
+        """What can no longer be taken back: a running sample holds back what may be the start of a stop string. Cheap
+        for a step, and as cheap for thousands of them at once."""
+        if self.text is not None or self.detokenizer is None:
+            return self.text or ""
+        finished = self.status is Status.FINISHED
+        silent = 1 if self.finish_reason == "stop" else 0  # the token that ended it is no text
+        self.detokenizer.advance(end=len(self.tokens) - silent, final=finished)
+        text = self.detokenizer.text
+        longest = max(map(len, self.request.params.stops), default=1)
+        return text if finished or longest == 1 else text[: max(len(text) - longest + 1, 0)]
+
 
 @dataclass(eq=False, kw_only=True)
 class Request:
@@ -123,6 +142,7 @@ class Request:
     """Tokens that end a sample."""
     heads: int = 1
     """Layers times KV heads, to average over."""
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
     sequences: list[Sequence] = field(default_factory=list)
 
     @property
@@ -137,20 +157,21 @@ class Request:
             prompt_token_ids=self.prompt,
             outputs=[self._completion(sequence) for sequence in self.sequences],
             finished=self.finished,
+            metrics=replace(self.metrics),
         )
 
     def _completion(self, sequence: Sequence) -> CompletionOutput:
         counters, wanted = sequence.counters, self.params.logprobs is not None
         return CompletionOutput(
             index=sequence.index,
-            text=self._text(sequence),
+            text=sequence.read_text(),
             token_ids=sequence.output,
             cumulative_logprob=sequence.cumulative_logprob if wanted else None,
             logprobs=list(sequence.logprobs) if wanted else None,
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
             kv=RequestKV(
-                tokens_seen=sequence.placed,
+                tokens_seen=counters.seen,
                 tokens_held=counters.held / self.heads,
                 kv_reads=counters.reads / self.heads,
                 bound_reads=counters.bounds / self.heads,
@@ -158,13 +179,3 @@ class Request:
             ),
             session=sequence.session,
         )
-
-    def _text(self, sequence: Sequence) -> str:
-        """What can no longer be taken back: a running sample holds back what may be the start of a stop string."""
-        if sequence.text is not None:
-            return sequence.text
-        text = "" if sequence.detokenizer is None else sequence.detokenizer.text
-        longest = max(map(len, self.params.stops), default=1)
-        if sequence.status is Status.FINISHED or longest == 1:
-            return text
-        return text[: max(len(text) - longest + 1, 0)]

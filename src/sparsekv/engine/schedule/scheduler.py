@@ -8,8 +8,11 @@ running sequence one page per head, which is a step of the worst case and the sl
 It decides and does nothing: no torch here. The engine carries out an action and asks again.
 """
 
-from bisect import insort
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sparsekv.engine.schedule.ledger import Ledger
 from sparsekv.engine.schedule.request import Request, Sequence, Status
@@ -99,8 +102,9 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> int | None:
         """Take a sequence out, wherever it is; returns the row that it owned."""
         for queue in (self.waiting, self.running, self.swapped):
-            if sequence in queue:
-                queue.remove(sequence)
+            at = bisect_left(queue, sequence.priority, key=_priority)
+            if at < len(queue) and queue[at] is sequence:
+                del queue[at]
         row, sequence.row = sequence.row, None
         if row is not None:
             self.free_rows.append(row)
@@ -118,12 +122,12 @@ class Scheduler:
         for sequence in samples:
             sequence.sampled += 1
 
-    def observe_ratio(self) -> None:
-        """Update the expected ratio from what the running sequences hold."""
+    def observe_ratio(self, held: NDArray[np.int64]) -> None:
+        """Update the expected ratio from what the running sequences hold: slots of each row, over layers and heads."""
         rows = [s for s in self.running if s.placed > 0]
-        held = int(self.ledger.lengths[:, [s.row_() for s in rows]].sum()) if rows else 0
-        if held:
-            self.ratio = max(1.0, sum(s.placed for s in rows) * self.ledger.heads / held)
+        slots = int(held[[s.row_() for s in rows]].sum())
+        if slots:
+            self.ratio = max(1.0, sum(s.placed for s in rows) * self.ledger.heads / slots)
             self.best_ratio = max(self.best_ratio, self.ratio)
 
     def pages_needed(self, request: Request) -> int:
@@ -177,6 +181,8 @@ class Scheduler:
         return self.ledger.heads * (len(self.running) + 1) if self.running else 0
 
     def _chunks(self, ready: list[Sequence], free: int) -> list[Chunk]:
+        if not self.waiting and len(ready) == len(self.running):
+            return []
         rows, budget, chunks = [s.row_() for s in ready], self.max_tokens - len(ready), []
         spare = free + self.ledger.growth(rows, 1) - self.ledger.growth(rows, 2)
         expected = 0

@@ -1,0 +1,75 @@
+"""What a setting costs on running text: the first half of each row is the prompt, the second is scored token by token,
+beside what the dense model makes of it. Intervals come of stretches of tokens, which are alike within themselves.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparsekv import dms
+from sparsekv.evals.methods.intervals import Estimate, bootstrap
+from sparsekv.evals.methods.rows import Usage
+from sparsekv.evals.methods.steps import walk
+from sparsekv.modeling.split import SplitModel
+
+STRETCH = 64
+"""Tokens that are resampled together."""
+UNIT = f"stretches of {STRETCH} tokens"
+
+
+class Continuation:
+    """Rows of a text, int64 [N, S] with S >= 4; `dense` must be measured first, within contexts.original."""
+
+    def __init__(self, split: SplitModel, rows: Tensor, *, batch: int) -> None:
+        self.split, self.rows, self.batches = split, rows, rows.split(batch)
+        self.start = rows.shape[1] // 2 - 1  # the prompt's last token is the first step, and predicts the first scored
+        self._dense: list[Tensor] = []
+
+    def dense(self, *, by_steps: bool) -> tuple[Usage, dict[str, Estimate]]:
+        """Measure the dense model, and keep its hidden states to compare with."""
+        self._dense = []
+        return self._measure(by_steps, keep=True)
+
+    def score(self, *, by_steps: bool) -> tuple[Usage, dict[str, Estimate]]:
+        """Measure the model as it is governed now: perplexity, divergence (KL(dense || sparse), nats per token) and
+        agreement (the share of tokens at which the most likely one is dense's)."""
+        assert self._dense, "the dense model is measured first"
+        return self._measure(by_steps, keep=False)
+
+    def _measure(self, by_steps: bool, *, keep: bool) -> tuple[Usage, dict[str, Estimate]]:
+        usage, parts = Usage(counts_reads=by_steps), []
+        for i, ids in enumerate(self.batches):
+            with usage.timed():
+                walked = walk(self.split, ids, start=self.start, by_steps=by_steps)
+            count = walked.tokens.numel()
+            usage.add(walked.stats, sequences=len(ids), output=count, size=walked.stats.bytes)
+            if keep:
+                self._dense.append(walked.hidden)
+            pieces = (x.flatten(0, 1) for x in (walked.hidden, self._dense[i], walked.tokens))
+            compared = torch.cat([self._compare(*piece) for piece in self.split.chunks(*pieces)], dim=1)
+            parts.append(compared.view(3, len(ids), -1))
+        return usage, _scores(torch.cat(parts, dim=1).numpy())
+
+    @torch.no_grad()
+    def _compare(self, sparse: Tensor, dense: Tensor, following: Tensor) -> Tensor:
+        """float64 [3, n]: nll, divergence and agreement of each token."""
+        ours, theirs = self.split.logits(sparse).float(), self.split.logits(dense).float()
+        values = (
+            torch.nn.functional.cross_entropy(ours, following, reduction="none"),
+            dms.kl_teacher_student(theirs, ours),
+            ours.argmax(-1) == theirs.argmax(-1),
+        )
+        return torch.stack([x.double() for x in values]).cpu()
+
+
+def _scores(values: NDArray[np.float64]) -> dict[str, Estimate]:
+    """values: [3, N, T]."""
+    cuts = np.arange(0, values.shape[-1], STRETCH)
+    sums = np.add.reduceat(values, cuts, axis=-1).reshape(3, -1)
+    weights = np.add.reduceat(np.ones_like(values[0]), cuts, axis=-1).ravel()
+    return {
+        "perplexity": bootstrap(sums[0], weights, unit=UNIT, statistic=np.exp),
+        "divergence": bootstrap(sums[1], weights, unit=UNIT),
+        "agreement": bootstrap(sums[2], weights, unit=UNIT),
+    }

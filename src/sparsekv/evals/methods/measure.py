@@ -1,0 +1,158 @@
+"""measure: running text and retrieval under several settings and dense, in one run and through the real cache.
+
+Each text, and each kind and length of retrieval, is a part: a setting's budget is made for its length, the dense model
+is measured on it first, and both give one row.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsekv.evals import retrieval
+from sparsekv.evals.calibrate import calibrate
+from sparsekv.evals.corpus import Corpus
+from sparsekv.evals.items import ItemBuilder
+from sparsekv.evals.methods import questions
+from sparsekv.evals.methods.continuation import Continuation
+from sparsekv.evals.methods.rows import Row, Usage, make_row
+from sparsekv.evals.methods.setting import Setting, budget_of
+from sparsekv.evals.methods.steps import needs_steps
+from sparsekv.evals.settings import MeasurementConfig
+from sparsekv.modeling import contexts
+from sparsekv.modeling.attach import attachment_of
+from sparsekv.modeling.split import SplitModel
+from sparsekv.policies import Policy
+from sparsekv.policies.dms import DMSPolicy
+
+DENSE = Setting()
+HELD_OUT = "held out"
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Sequence[Setting],
+    *,
+    documents: Sequence[str],
+    config: MeasurementConfig,
+    others: Mapping[str, Sequence[str]] | None = None,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """One row for each part, dense first and then for each setting in order, until the seconds are spent.
+
+    model: attached by Setting.attach of these settings, which share an adapter or have none. documents: plain text that
+    no training has seen; others: texts of other domains by name.
+
+    Raises ValueError, before anything is measured, for a setting that cannot be had at one of the lengths, a length
+    that the text or the model's context has not, or a way of scoring that would leave a method nothing to do.
+    """
+    deadline = time.monotonic() + config.seconds
+    bench = _Bench(model, tokenizer, documents, others or {}, config)
+    by_steps = bench.check(settings)
+    rows: list[Row] = []
+    for setting in (DENSE, *settings):
+        if len(rows) > len(bench.parts) and time.monotonic() > deadline:
+            break
+        for part in bench.parts:
+            rows.append(bench.row(part, setting, by_steps=by_steps))
+            on_row(rows[-1])
+    return rows
+
+
+@dataclass(kw_only=True)
+class _Part:
+    """What is measured at one length."""
+
+    task: str
+    length: int
+    text: str | None = None
+    continuation: Continuation | None = None
+    cell: retrieval.Cell | None = None
+    dense: list[float] = field(default_factory=list)
+    """Each item's score by the dense model."""
+
+
+class _Bench:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Sequence[str],
+        others: Mapping[str, Sequence[str]],
+        config: MeasurementConfig,
+    ) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        with contexts.dense(model):
+            self.split = SplitModel(model)
+        corpus = Corpus(documents, tokenizer)
+        self.parts: list[_Part] = []
+        if config.text:
+            texts = {HELD_OUT: corpus} | {name: Corpus(text, tokenizer) for name, text in others.items()}
+            self.parts += [self._text(name, text, config.length) for name, text in texts.items()]
+            self.parts += [self._text(HELD_OUT, corpus, length) for length in config.long_lengths]
+        cells = retrieval.retrieval_cells(
+            ItemBuilder(corpus, tokenizer),
+            kinds=config.kinds,
+            contexts=config.contexts,
+            items=config.items,
+            seed=config.seed,
+        )
+        self.parts += [_Part(task=cell.kind, length=cell.context, cell=cell) for cell in cells]
+
+    def check(self, settings: Sequence[Setting]) -> bool:
+        """Whether running text is scored by steps. Raises ValueError as `measure` says."""
+        context = attachment_of(self.model).max_tokens
+        forced = []
+        for part in self.parts:
+            if part.length > context:
+                raise ValueError(f"{part.length} tokens exceed the model's context of {context}; measure shorter texts")
+            for setting in settings:
+                with setting.governing(self.model, tokens=part.length) as policy:
+                    forced += [setting.policy] if needs_steps(policy) else []
+        if forced and self.config.by == "prefill":
+            raise ValueError(f"policy {forced[0]!r} does nothing within a prefill; use --by steps")
+        return bool(forced) or self.config.by == "steps"
+
+    def row(self, part: _Part, setting: Setting, *, by_steps: bool) -> Row:
+        with setting.governing(self.model, tokens=part.length) as policy, self._dialled(part, setting, policy):
+            usage, scored = self._measure(part, dense=setting is DENSE, by_steps=by_steps)
+        about: dict[str, Any] = {"task": part.task, "length": part.length, "text": part.text}
+        return make_row(setting, usage, budget=budget_of(policy), seed=self.config.seed, **about, **scored)
+
+    def _measure(self, part: _Part, *, dense: bool, by_steps: bool) -> tuple[Usage, dict[str, Any]]:
+        """(usage, Row's scores and by_depth) as the model is governed now."""
+        if part.continuation is not None:
+            score = part.continuation.dense if dense else part.continuation.score
+            usage, scores = score(by_steps=by_steps)
+            return usage, {"scores": scores}
+        assert part.cell is not None
+        config = self.config
+        usage, right = questions.answer(
+            self.split, part.cell, self.tokenizer, answers=config.answers, batch=config.batch
+        )
+        part.dense = right if dense else part.dense
+        scores, by_depth = questions.summarise(part.cell, right, part.dense)
+        return usage, {"scores": scores, "by_depth": by_depth}
+
+    def _dialled(self, part: _Part, setting: Setting, policy: Policy) -> AbstractContextManager[None]:
+        """Where each text is to have the ratio asked for, the offset at which it has."""
+        text, ratio = part.continuation, setting.cr
+        if not self.config.same_ratio or text is None or ratio is None or not isinstance(policy, DMSPolicy):
+            return nullcontext()
+        (dial,) = calibrate(self.model, text.rows, targets=[ratio], batch=self.config.batch)
+        return contexts.dialled(policy, dial.offset)
+
+    def _text(self, name: str, corpus: Corpus, length: int) -> _Part:
+        config = self.config
+        count = max(1, config.rows * config.length // length)
+        rows = corpus.rows(min(count, config.rows), length).to(next(self.model.parameters()).device)
+        return _Part(
+            task="perplexity",
+            length=length,
+            text=name,
+            continuation=Continuation(self.split, rows, batch=config.batch),
+        )

@@ -1,0 +1,3 @@
+from sparsekv.ops.draw.api import draw
+
+__all__ = ["draw"]
