@@ -58,3 +58,13 @@ def write_adapter(folder: Path, **config: object) -> Path:
         ),
     )
     return folder
+
+
+def refused(outcome, *words):
+    """Exit code 2 and one sentence with these words: no traceback, nothing on stdout."""
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("Error: ")
+    assert len(outcome.err.strip().splitlines()) == 1
+    for word in words:
+        assert word in outcome.err

@@ -103,3 +103,8 @@ def test_a_command_with_its_own_config_keeps_it():
         pass
 
     assert with_config(command) is command
+
+
+def test_a_key_that_is_written_twice_is_a_mistake(called, config):
+    with pytest.raises(ValueError, match=r"given.yaml is not YAML: the key name appears twice, .* in line 3"):
+        called("--config", config("name: a\nmax-tokens: 7\nname: b\n"))

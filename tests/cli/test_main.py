@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from commands import save_model, write_adapter
+from commands import refused, save_model, write_adapter
 from sparsekv import __version__
 
 
@@ -51,16 +51,6 @@ def test_an_interrupt_exits_with_130(run, monkeypatch):
 
     monkeypatch.setattr("sparsekv.cli.generate.open_model", interrupted)
     assert run("generate", "model", "--prompt", "x").code == 130
-
-
-def refused(outcome, *words):
-    """Exit code 2 and one sentence with these words: no traceback, nothing on stdout."""
-    assert outcome.code == 2
-    assert outcome.out == ""
-    assert outcome.err.startswith("Error: ")
-    assert len(outcome.err.strip().splitlines()) == 1
-    for word in words:
-        assert word in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,14 @@ REFUSED = {
         rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     ),
     "every layer has a sliding window": lambda: tiny_model("Mistral", sliding_window=9),
+    "attend to an encoder's output too": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(
+            vocab_size=9, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1, add_cross_attention=True
+        )
+    ),
+    "is not causal": lambda: hf.BertLMHeadModel(
+        hf.BertConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    ),
 }
 
 
@@ -209,7 +217,7 @@ def test_dropout_and_custom_masks_are_refused():
     model = tiny_model(attention_dropout=0.1)
     sparsekv.attach(model, policy="dense")
     model(tokens(1, 5))
-    with pytest.raises(ValueError, match=r"attention dropout is not supported: set config.attention_dropout = 0"):
+    with pytest.raises(ValueError, match="attention dropout is not supported: load the model with attention_dropout=0"):
         model.train()(tokens(1, 5))
     mask = torch.zeros(1, 1, 5, 5)
     with pytest.raises(ValueError, match="a custom 4D attention mask is not supported: pass the 2D padding mask"):

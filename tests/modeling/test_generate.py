@@ -129,12 +129,6 @@ def test_beam_search_with_eviction_follows_its_beams():
     check_pages(cache.ragged)
 
 
-def test_a_foreign_cache_is_refused_with_the_mend():
-    _, ours = dense_pair()
-    with pytest.raises(ValueError, match=r"pass past_key_values=sparsekv.SparseCache\(model\), or detach"):
-        ours.generate(**batch(), max_new_tokens=3)
-
-
 def test_generation_past_the_context_is_refused():
     _, ours = dense_pair(max_position_embeddings=16)
     with pytest.raises(ValueError, match="17 tokens exceed the model's context of 16"):

@@ -1,5 +1,6 @@
 """LoRA of an adapter: merged it is what PEFT computes, and detach gives the base model back bit for bit."""
 
+import copy
 from pathlib import Path
 
 import peft
@@ -138,3 +139,14 @@ def test_lora_on_tied_embeddings_is_refused(tmp_path: Path) -> None:
     model = tiny_model(tie_word_embeddings=True)
     with pytest.raises(ValueError, match="tied to the embeddings"):
         sparsekv.attach(model, adapter=str(write(tmp_path / "a", state)))
+
+
+@torch.no_grad()
+def test_a_copy_has_its_own_merged_weights(folder: Path) -> None:
+    ids, plain = tokens(1, 12), tiny_model()
+    model = tiny_model()
+    sparsekv.attach(model, adapter=str(folder), cr=2)
+    merged, twin = model(ids).logits, copy.deepcopy(model)
+    sparsekv.detach(twin)
+    assert torch.equal(twin(ids).logits, plain(ids).logits)
+    assert torch.equal(model(ids).logits, merged)

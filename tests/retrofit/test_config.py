@@ -110,3 +110,9 @@ def test_every_committed_configuration_loads() -> None:
     names = [path for path in folder.glob("*.yaml") if path.name != "ablations.yaml"]
     assert all(load_config(path).data for path in names)
     assert len(names) >= 2
+
+
+def test_a_key_that_is_written_twice_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model: m\nevaluation:\n  items: 1\n  rows: 2\n  items: 3\n")
+    with pytest.raises(ValueError, match=r"c.yaml is not YAML: the key items appears twice, the second time in line 5"):
+        load_config(tmp_path / "c.yaml")

@@ -4,10 +4,13 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from typer.testing import CliRunner
 
 import sparsekv
@@ -17,6 +20,7 @@ from sparsekv.cli.main import app
 from sparsekv.modeling.adapter import read_adapter
 from sparsekv.modeling.load import load_model
 from sparsekv.retrofit import __main__ as entry
+from sparsekv.retrofit.checkpoint import reason
 from sparsekv.retrofit.config import RetrofitConfig, save_config
 from sparsekv.retrofit.data import blend
 from sparsekv.retrofit.documents import read_all
@@ -45,7 +49,7 @@ def test_one_command_leaves_a_finished_adapter(configure: Configure, tmp_path: P
     assert [score["asked"] for score in results["scores"]] == [1, 2]
     assert results["scores"][0]["divergence"] == pytest.approx(0, abs=1e-6)
     card = (output / "README.md").read_text()
-    assert "trained to ratio 2" in card
+    assert "trained towards ratio 2 (its last step marked " in card
     assert f"| {adapter.offsets[0][0]:+.3f} | {adapter.offsets[0][1]:.3f} |" in card
     assert any("Evaluating" in line for line in said)
     model, _ = load_model(config.model, device="cpu")
@@ -189,6 +193,44 @@ def test_output_folders_that_do_not_fit_are_refused(configure: Configure, tmp_pa
     (tmp_path / "foreign" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="an adapter that this run did not make"):
         prepare_output(configure(output=str(tmp_path / "foreign")))
+
+
+def test_a_mistake_in_the_data_leaves_the_folder_free(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": []})] * 20))
+    bad = configure(data=[{"kind": "jsonl", "names": [str(tmp_path / "chats.jsonl")]}])
+    with pytest.raises(ValueError):  # noqa: PT011
+        run(bad)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError):  # noqa: PT011
+        run(configure(data=[{"kind": "text", "names": [str(tmp_path / "empty.txt")]}]))
+    other = save_model(tmp_path / "other")
+    with pytest.raises(ValueError, match="another vocabulary"):
+        run(configure(teacher=str(other)))
+    assert not (Path(bad.output) / "config.yaml").exists()
+    prepare_output(configure(window=9))
+
+
+def test_a_full_disk_leaves_no_half_of_a_merged_model(configure: Configure, tmp_path: Path, monkeypatch) -> None:
+    output = run(configure(max_steps=1, trainable="lora"))
+
+    def full(model: Any, base: str, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("sparsekv.retrofit.export._save", full)
+    done = CliRunner().invoke(app, ["convert", "merged", str(output), str(tmp_path / "merged")])
+    assert done.exit_code == 2
+    assert "merged (I/O error: No space left on device (os error 28)); make room there" in done.stderr
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_the_reason_of_a_failed_checkpoint_has_no_traceback() -> None:
+    try:
+        raise OSError(28, "No space left on device")
+    except OSError as error:
+        found = CheckpointException("save", {0: _wrap_exception(error)})
+    assert reason(found) == "No space left on device"
 
 
 def test_a_model_or_device_that_is_not_there_is_one_sentence(configure: Configure, tmp_path: Path) -> None:

@@ -56,12 +56,11 @@ class Rollback:
         self.saved.append((page, offset, layer.kv[page, :, offset]))
 
     def restore(self) -> int:
-        """Put everything back; returns how many pages the prefill had taken."""
+        """Put everything back; returns how many pages the prefill had taken. Interrupted, it can be called again."""
         ragged = self.ragged
         taken = int(self.free_count - ragged.pool.free_count)
         ragged.lengths.copy_(self.lengths)
         ragged.seen.copy_(self.seen)
-        ragged.pool.free_count.copy_(self.free_count)
         for index, ring in self.rings.items():
             ragged.rings[index].copy_(ring)
         for index, state in self.row_state.items():
@@ -73,4 +72,5 @@ class Rollback:
                 ragged.pool.state[name][ids] = tensor
         for page, offset, kv in self.saved:
             ragged.pool.kv[page, :, offset] = kv
+        ragged.pool.free_count.copy_(self.free_count)
         return taken

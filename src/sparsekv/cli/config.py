@@ -13,12 +13,15 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from sparsekv import yaml_file
+
 RESOLVED_FILE = "config.yaml"
 _NAME = "config"
 
 
 def with_config(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command function the option --config, unless it has a parameter of that name."""
+    """Give a command function the option --config, unless it has a parameter of that name. Texts that are not UTF-8,
+    which Python passes on in pieces, are refused."""
     signature = inspect.signature(function, eval_str=True)
     if _NAME in signature.parameters:
         return function
@@ -39,6 +42,7 @@ def with_config(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def command(*args: Any, config: Path | None = None, **kwargs: Any) -> Any:
+        _check_texts(kwargs)
         return function(*args, **kwargs)
 
     setattr(command, "__signature__", signature.replace(parameters=[*signature.parameters.values(), option]))  # noqa: B010
@@ -53,16 +57,18 @@ def save_resolved(ctx: typer.Context, folder: Path) -> None:
     (folder / RESOLVED_FILE).write_text(text, encoding="utf-8")
 
 
+def _check_texts(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"{name.replace('_', '-')} is not UTF-8: give it as UTF-8 text")
+
+
 def _read(ctx: typer.Context, path: Path | None) -> Path | None:
     """Make the file's values the defaults of the command."""
     if path is None:
         return None
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    raw = yaml_file.read(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold `option: value` lines")
     keys = _keys(ctx)

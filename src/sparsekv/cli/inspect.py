@@ -8,6 +8,7 @@ import typer
 from typer import Argument, Option
 
 from sparsekv.cli.models import check_length, open_model
+from sparsekv.cli.output import check_target, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +27,8 @@ def command(
     """Which head forgot which token of a text: JSON, or one self-contained HTML page."""
     if html is None and not as_json:
         raise ValueError("inspect writes nothing yet; pass --html page.html, --json, or both")
+    if html is not None:
+        check_target(html)
     text = _read(file)
     from sparsekv.modeling.attach import attach
 
@@ -35,7 +38,7 @@ def command(
     if html is not None:
         from sparsekv.cli.inspect_page import build_page
 
-        html.write_text(build_page(inspected), encoding="utf-8")
+        write_text(html, build_page(inspected))
         typer.echo(f"wrote {html}", err=True)
     if as_json:
         typer.echo(json.dumps(to_record(inspected), ensure_ascii=False))

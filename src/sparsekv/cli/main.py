@@ -1,8 +1,12 @@
 """`sparsekv`: the commands by name, loaded when they are called, so that `--help` imports no framework.
 
-A ValueError is the user's mistake: its sentence goes to stderr and the exit code is 2. An interrupt exits with 130.
+A ValueError is the user's mistake: its sentence goes to stderr and the exit code is 2, and so it is where the system
+refuses a file or its disk is full. An interrupt exits with 130.
 """
 
+import contextlib
+import errno
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -46,12 +50,34 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
         except ValueError as error:
             print(f"Error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # a reader such as `head` that has seen enough
+                raise
+            print(f"Error: {_about(error)}", file=sys.stderr)
+            _drop_output()
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+
+
+def _about(error: OSError) -> str:
+    """What the system refused, in one sentence."""
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{error.filename}: {reason}"
+    return f"cannot write the output: {reason}" if error.errno == errno.ENOSPC else reason
+
+
+def _drop_output() -> None:
+    """Let what stdout could not take go, so that Python does not try, and fail, once more at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 app = typer.Typer(

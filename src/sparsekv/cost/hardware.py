@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from sparsekv import yaml_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +71,7 @@ def hardware_of(name: str) -> Hardware:
 
 def _read(file: Path) -> Hardware:
     """Keys as the fields of Hardware; `name` may be left out."""
-    try:
-        raw: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    raw: Any = yaml_file.read(file)
     known = [f.name for f in fields(Hardware)]
     numbers = [name for name in known if name not in ("name", "device")]
     if not isinstance(raw, dict) or set(numbers) - set(raw):

@@ -1,8 +1,21 @@
 """EngineConfig: how large the engine is. Names follow vLLM's."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
 from sparsekv.engine.checks import check_int, check_number
+
+ELSEWHERE = {
+    "gpu_memory_utilization": "kv_memory=0.5 takes half of the free memory for the pool",
+    "tensor_parallel_size": "an engine runs on one GPU",
+    "pipeline_parallel_size": "an engine runs on one GPU",
+    "quantization": "load a quantised model and pass it",
+    "kv_cache_dtype": "keys and values have the model's type",
+    "block_size": "its name here is page_size",
+    "enable_prefix_caching": "keep=True and session=... continue a text",
+    "trust_remote_code": "load such a model and pass it",
+}
+"""vLLM's names for what is otherwise here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,5 +50,20 @@ class EngineConfig:
             )
         if self.max_model_len is not None:
             check_int("max_model_len", self.max_model_len, at_least=2)
+        for name in ("enforce_eager", "async_scheduling"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use True or False")
         if isinstance(self.kv_memory, float):
             check_number("kv_memory as a fraction", self.kv_memory, low=0.0, high=1.0)
+
+
+def check_options(names: Iterable[str], *, policy: Sequence[str]) -> None:
+    """What LLM was given beside its own arguments. policy: the options of the policy that was named.
+
+    Raises ValueError for what neither the engine nor the policy knows.
+    """
+    engine = [f.name for f in fields(EngineConfig)]
+    unknown = sorted(set(names) - {*engine, *policy})
+    if unknown:
+        hints = "".join(f"; {ELSEWHERE[name]}" for name in unknown if name in ELSEWHERE)
+        raise ValueError(f"LLM does not know {', '.join(unknown)}{hints}; it takes {', '.join([*engine, *policy])}")

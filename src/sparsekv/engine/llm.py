@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsekv.engine.build import build_engine
-from sparsekv.engine.config import EngineConfig
+from sparsekv.engine.config import EngineConfig, check_options
 from sparsekv.engine.outputs import RequestOutput, Session
 from sparsekv.engine.params import SamplingParams
 from sparsekv.engine.progress import Progress
@@ -23,6 +23,7 @@ from sparsekv.modeling.attach import attach, attachment_of, detach
 from sparsekv.modeling.load import load_model
 from sparsekv.policies import Policy
 from sparsekv.policies.dms import DMSPolicy
+from sparsekv.policies.registry import describe
 
 Prompt = str | list[int] | dict[str, Any]
 """Text, token ids, or either as vLLM names them: {"prompt": ...}, {"prompt_token_ids": ...}."""
@@ -52,11 +53,14 @@ class LLM:
         device: str | None = None,
         **options: Any,
     ) -> None:
+        check_options(options, policy=_policy_options(policy, adapter=adapter))
         config = EngineConfig(**{k: v for k, v in options.items() if k in _ENGINE_OPTIONS})
         options = {k: v for k, v in options.items() if k not in _ENGINE_OPTIONS}
         if isinstance(model, str):
             model, loaded = load_model(model, dtype=dtype, device=device)
             tokenizer = loaded if tokenizer is None else tokenizer
+        elif not isinstance(model, PreTrainedModel):
+            raise ValueError(f"model is a {type(model).__name__}; pass a name, a folder or a Transformers model")
         elif dtype is not None or device is not None:
             raise ValueError("dtype and device are for models loaded by name; move this one before passing it")
         self.model = model.eval()
@@ -109,6 +113,8 @@ class LLM:
         Raises ValueError where a request can never fit or a prompt or session is not usable; none is run then. After
         Ctrl-C or a step that failed, `partial` holds what there was and the next call is right.
         """
+        if isinstance(prompts, torch.Tensor):
+            raise ValueError("the prompts are a tensor; pass lists of token ids, such as tensor.tolist()")
         single = isinstance(prompts, str | dict) or (bool(prompts) and isinstance(prompts[0], int))
         many: list[Any] = [prompts] if single else list(prompts)
         params = _one_each("sampling_params", sampling_params or SamplingParams(), len(many))
@@ -232,6 +238,13 @@ class LLM:
         if self.tokenizer is None:
             raise ValueError("this LLM has no tokenizer: pass tokenizer=..., or prompts as token ids")
         return self.tokenizer.encode(prompt, add_special_tokens=not continued), prompt
+
+
+def _policy_options(policy: str | Policy | None, *, adapter: str | None) -> list[str]:
+    """What attach takes beside: nothing for a Policy, which brings its own settings."""
+    if adapter is not None:
+        return ["budget", "page_size"] if policy == "dms-quest" else []
+    return [*describe(policy).options, "tokens", "neuron"] if isinstance(policy, str) else []
 
 
 def _attached(model: PreTrainedModel) -> bool:

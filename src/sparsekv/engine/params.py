@@ -87,6 +87,8 @@ class SamplingParams:
         for token, bias in (self.logit_bias or {}).items():
             check_int("a token of logit_bias", token, at_least=0)
             check_number(f"logit_bias[{token}]", bias, low=-math.inf)
+        if not isinstance(self.stop_token_ids, list | tuple | None):
+            raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}; use a list of token ids")
         for token in self.stop_token_ids or ():
             check_int("stop_token_ids", token, at_least=0)
 

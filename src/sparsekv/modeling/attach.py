@@ -1,21 +1,22 @@
 """attach: let a policy govern the attention of any Hugging Face decoder, without copying or patching its code.
 
 Three public seams of Transformers carry it: AttentionInterface (the attention function), a forward pre-hook on each
-attention module (its input, which the eviction heads read) and the Cache argument.
+attention module (its input, which the eviction heads read) and the Cache argument. A `generate` without that argument
+makes its own SparseCache. What is left on the model is data that copies and pickles with it.
 """
 
-from collections.abc import Callable
 from functools import partial
+from os import PathLike
 from typing import Any
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from sparsekv.dms import EvictionHead, NeuronSource
 from sparsekv.modeling import adapter as adapters
 from sparsekv.modeling import dmc, neuron
-from sparsekv.modeling.attached import ATTACHED, ATTACHMENT, AttachedLayer, Attachment, PagedCache
-from sparsekv.modeling.attention import NAME, padding_mask, sparse_attention
+from sparsekv.modeling.attached import ATTACHED, ATTACHMENT, CALL, AttachedLayer, Attachment, PagedCache
+from sparsekv.modeling.attention import NAME, register
 from sparsekv.modeling.attention_layers import AttentionLayers, attention_layers
 from sparsekv.modeling.lora import MergedLora
 from sparsekv.policies import Policy, make_policy
@@ -27,6 +28,7 @@ from sparsekv.policies.streaming import SlidingWindowPolicy
 
 TRAINED: dict[str, type[DMSPolicy]] = {"dms": DMSPolicy, "dms-quest": DMSQuestPolicy, "dmc": DMCPolicy}
 """Policies whose decisions are learned: eviction heads make them, or a neuron."""
+_PREPARE_CACHE = "_prepare_cache_for_generation"
 
 
 def attach(
@@ -51,6 +53,9 @@ def attach(
     Raises ValueError where the model cannot be attached (the sentence names the reason), is attached already, or where
     the adapter is for another model or the options do not fit.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"attach takes a Transformers model, and this is a {type(model).__name__}")
+    _check_types(policy, adapter=adapter, numbers={"cr": cr, "tokens": tokens})
     if hasattr(model, ATTACHMENT):
         raise ValueError("this model is attached already; call sparsekv.detach(model) first")
     if policy is None and adapter is None:
@@ -140,6 +145,16 @@ def heads(model: PreTrainedModel) -> list[EvictionHead]:
     return found
 
 
+def _check_types(policy: Any, *, adapter: Any, numbers: dict[str, Any]) -> None:
+    if not isinstance(policy, str | Policy | None):
+        raise ValueError(f"policy is {policy!r}; pass a name, or a Policy that was made")
+    if not isinstance(adapter, str | PathLike | None):
+        raise ValueError(f"adapter is {adapter!r}; pass a folder or a hub id")
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise ValueError(f"{name} is {value!r}; use a number")
+
+
 def _new_head(layers: AttentionLayers, index: int) -> EvictionHead:
     device = next(layers.modules[index].parameters()).device
     return EvictionHead(layers.hidden_size, layers.kv_heads, device=device)
@@ -177,8 +192,7 @@ def _install(
         head_dim=layers.head_dim,
         max_tokens=layers.max_tokens,
     )
-    AttentionInterface.register(NAME, sparse_attention)
-    AttentionMaskInterface.register(NAME, padding_mask)
+    register()
     for index, module in enumerate(layers.modules):
         window = layers.windows[index]
         attached = AttachedLayer(
@@ -187,7 +201,7 @@ def _install(
         attachment.layers.append(attached)
         setattr(module, ATTACHED, attached)
         hook = module.register_forward_pre_hook(_read_input, with_kwargs=True)
-        attachment.undo += [hook.remove, _remover(module, ATTACHED)]
+        attachment.undo += [hook.remove, partial(delattr, module, ATTACHED)]
         if source is not None and window is None:
             if isinstance(policy, DMCPolicy):
                 attachment.undo += dmc.install(layers, index, attached=attached, source=source)
@@ -195,22 +209,45 @@ def _install(
                 attachment.undo.append(neuron.install(layers, index, attached=attached, source=source))
         if index in heads:
             module.add_module(adapters.HEAD, heads[index])
-            attachment.undo.append(_remover(module, adapters.HEAD))
+            attachment.undo.append(partial(delattr, module, adapters.HEAD))
     previous = layers.text_config._attn_implementation
     layers.set_implementation(model, NAME)
-    attachment.undo.append(lambda: layers.set_implementation(model, previous))
+    attachment.undo.append(partial(layers.set_implementation, model, previous))
+    if isinstance(model, GenerationMixin):
+        # generate makes its cache in this method, for which Transformers has no registry: only this model's is changed.
+        setattr(model, _PREPARE_CACHE, partial(_prepare_cache, model))
+        attachment.undo.append(partial(delattr, model, _PREPARE_CACHE))
     setattr(model, ATTACHMENT, attachment)
-    attachment.undo.append(_remover(model, ATTACHMENT))
+    attachment.undo.append(partial(delattr, model, ATTACHMENT))
     return attachment
-
-
-def _remover(module: nn.Module, name: str) -> Callable[[], None]:
-    return lambda: delattr(module, name)
 
 
 def _read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Remember the attention layer's input and cache for `sparse_attention`."""
-    attached: AttachedLayer = getattr(module, ATTACHED)
-    attached.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    cache = kwargs.get("past_key_values")
-    attached.cache = cache if isinstance(cache, PagedCache) else None
+    CALL.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # GPT-NeoX's name
+    CALL.cache = cache if isinstance(cache, PagedCache) else None
+
+
+def _prepare_cache(
+    model: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> None:
+    """GenerationMixin._prepare_cache_for_generation of an attached model: a call without a cache gets a SparseCache.
+
+    Raises ValueError where the call names a cache of Transformers'.
+    """
+    from sparsekv.modeling.cache import SparseCache  # which imports this module
+
+    given, asked = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+    default = getattr(model.generation_config, "cache_implementation", None)  # Gemma's is "hybrid"
+    if given is not None and not isinstance(given, PagedCache) or asked not in (None, default):
+        name = repr(asked) if given is None else type(given).__name__
+        raise ValueError(
+            f"this model is attached to sparsekv and cannot use the cache {name}: leave it out, for a SparseCache of "
+            "the call's own, pass past_key_values=sparsekv.SparseCache(model), or detach(model) first"
+        )
+    generation_config.cache_implementation = None
+    if given is None and generation_config.use_cache is not False:
+        model_kwargs["past_key_values"] = SparseCache(model)
+    else:
+        getattr(type(model), _PREPARE_CACHE)(model, generation_config, model_kwargs, *args, **kwargs)

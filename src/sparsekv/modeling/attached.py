@@ -1,5 +1,6 @@
 """What attach() leaves on each attention module: which policy governs it, and the forward it is in."""
 
+import threading
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,11 @@ ATTACHED = "sparsekv_layer"
 """The attribute of an attention module that holds its AttachedLayer."""
 ATTACHMENT = "sparsekv_attachment"
 """The attribute of an attached model that holds its Attachment."""
+CALL = threading.local()
+"""What the hooks of the attention layer under way in this thread leave for its attention function. hidden: what the
+policy decides from, the layer's input [B, S, hidden_size] or, with a neuron source, what it read: the logits
+[B, S, kv_heads], or for DMC a packed dmc.BeforeRope; cache: the PagedCache, or None. Not a subclass with these as
+fields: what compiled code stores in one is lost."""
 
 
 @dataclass(kw_only=True)
@@ -28,10 +34,6 @@ class AttachedLayer:
     layer: int
     policy: Policy
     attachment: "Attachment"
-    hidden: Tensor | None = None
-    """What the policy decides from, in the forward under way: the layer's input [B, S, hidden_size] or, with a neuron
-    source, what it read: the logits [B, S, kv_heads], or for DMC a packed dmc.BeforeRope."""
-    cache: "PagedCache | None" = None
     neuron: NeuronSource | None = None
 
 
@@ -99,6 +101,14 @@ class Attachment:
     lora: Lora | None = None
     """What the adapter adds to the weights."""
     undo: list[Callable[[], Any]] = field(default_factory=list)
+    """What detach() calls, last first: partials and bound methods, so that a copy of the model has its own."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copied or pickled model, perhaps in a process where nothing was attached yet."""
+        from sparsekv.modeling.attention import register  # which imports this module
+
+        self.__dict__.update(state)
+        register()
 
     def head_shape(self, dtype: torch.dtype) -> HeadShape:
         """Of its attention layers, with keys and values of this type."""

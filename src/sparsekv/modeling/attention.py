@@ -8,17 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import find_packed_sequence_indices
 
 from sparsekv import dms
 from sparsekv.attend import whole_layer
-from sparsekv.modeling.attached import ATTACHED, AttachedLayer
+from sparsekv.modeling.attached import ATTACHED, CALL, AttachedLayer
 from sparsekv.modeling.padding import packing_of
 from sparsekv.modeling.tensor_parallel import own_heads
 from sparsekv.policies import Step
 
 NAME = "sparsekv"
 """The name under which Transformers knows this attention function."""
+
+
+def register() -> None:
+    """Tell Transformers of the two functions below; no model but an attached one asks for them."""
+    AttentionInterface.register(NAME, sparse_attention)
+    AttentionMaskInterface.register(NAME, padding_mask)
 
 
 def sparse_attention(
@@ -39,12 +46,14 @@ def sparse_attention(
     Raises ValueError for what the cache cannot honour: dropout, a 4D mask, a foreign cache.
     """
     attached: AttachedLayer = getattr(module, ATTACHED)
-    cache, hidden = attached.cache, attached.hidden
-    attached.cache = attached.hidden = None
+    cache, hidden = CALL.cache, CALL.hidden
+    CALL.cache = CALL.hidden = None
     assert hidden is not None, "the pre-hook of attach() has not run"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout:
-        raise ValueError("attention dropout is not supported: set config.attention_dropout = 0 before training")
+        raise ValueError(
+            "attention dropout is not supported: load the model with attention_dropout=0 (GPT-2: attn_pdrop=0)"
+        )
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError("a custom 4D attention mask is not supported: pass the 2D padding mask or none")
     if attached.neuron is not None and attached.neuron.rezero:

@@ -55,15 +55,21 @@ def attention_layers(model: PreTrainedModel) -> AttentionLayers:
         raise refuse("its attention does not go through the Transformers attention interface")
     config = model.config.get_text_config(decoder=True)
     _check_config(config, refuse)
-    modules: list[Any] = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "layer_idx") and _attends(m)]
     modules.sort(key=lambda m: m.layer_idx)
+    if any(getattr(m, "is_cross_attention", False) for m in modules):
+        raise refuse("its layers attend to an encoder's output too, which no policy governs")
     if [m.layer_idx for m in modules] != list(range(config.num_hidden_layers)):
-        raise refuse("some of its layers have no attention that a KV cache could serve")
+        raise refuse("some of its layers have no attention in a form that is known here, or more than one")
     if any(getattr(m, "sinks", None) is not None for m in modules):
         raise refuse("its attention has learned sinks")
-    sizes = {getattr(m, "head_dim", 0) for m in modules}
-    groups = {m.num_key_value_groups for m in modules}
-    if len(sizes) != 1 or 0 in sizes or len(groups) != 1:
+    if not all(getattr(m, "is_causal", True) for m in modules):
+        raise refuse("its attention is not causal")
+    sizes = {_head_dim(m) for m in modules}
+    groups = {getattr(m, "num_key_value_groups", 1) for m in modules}
+    if 0 in sizes:
+        raise refuse("its attention modules do not tell their head size")
+    if len(sizes) != 1 or len(groups) != 1:
         raise refuse("its layers differ in head size or head count")
     (group,) = groups
     windows = [_window(config, i, refuse) for i in range(len(modules))]
@@ -77,6 +83,17 @@ def attention_layers(model: PreTrainedModel) -> AttentionLayers:
         group=group,
         head_dim=sizes.pop(),
     )
+
+
+def _attends(module: nn.Module) -> bool:
+    """As Transformers' attention modules say it: GPT-2, GPT-NeoX and OPT have no groups of query heads."""
+    return hasattr(module, "num_key_value_groups") or hasattr(module, "is_causal")
+
+
+def _head_dim(module: nn.Module) -> int:
+    """0 where it is not told: under the names of Llama, GPT-NeoX and BERT."""
+    names = ("head_dim", "head_size", "attention_head_size")
+    return next((getattr(module, name) for name in names if hasattr(module, name)), 0)
 
 
 def _check_config(config: Any, refuse: Any) -> None:

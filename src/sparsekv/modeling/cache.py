@@ -2,7 +2,8 @@
 
 One row per sequence of the batch. Each layer's keys and values go from the attention function to the policy's slots;
 the Cache methods that `generate` calls only count columns. A forward that the pool cannot hold leaves the cache as it
-was; one that another error interrupts before its last attention layer is taken back when the next begins.
+was; a prefill that another error, or Ctrl-C, interrupts is taken back when the next forward begins. What cannot be
+taken back, a decode step, the end of a prompt or a fork, leaves a cache that says so until `reset`.
 """
 
 from dataclasses import dataclass
@@ -51,14 +52,16 @@ class SparseCache(PagedCache):
     def __init__(
         self, model: PreTrainedModel, *, kv_memory: int | str | None = None, page_size: int | None = None
     ) -> None:
-        if page_size is not None and page_size < 1:
-            raise ValueError(f"page_size is {page_size}; it counts token slots, so use at least 1 (32 is the default)")
+        if page_size is not None and (type(page_size) is not int or page_size < 1):
+            raise ValueError(f"page_size is {page_size}; it counts token slots, so use an integer from 1 (32 is usual)")
         self.attachment = attachment_of(model)
         self._kv_memory = None if kv_memory is None else parse_bytes(kv_memory)
         self._policies = [attached.policy for attached in self.attachment.layers]
         self._page_size = choose_page_size(self._policies, page_size)
         self._executor: Executor | None = None
         self._forward: _Forward | None = None
+        self._torn: str | None = None
+        """What is under way, or was interrupted, that cannot be taken back."""
         self._prompts = set[int]()
         """Rows whose prompt is not known to be over."""
         self._earlier_reads = torch.zeros(())
@@ -98,6 +101,7 @@ class SparseCache(PagedCache):
         packing, executor = forward.packing, self._running
         tokens = [packing.pack_tokens(hidden), *(packing.pack(x) for x in qkv)]
         if forward.rollback is None:
+            self._torn = "a decode step"
             out = executor.run(attached.layer, forward.part, tokens, scale)
         else:
             forward.rollback.remember(attached.layer, packing.batch)
@@ -115,8 +119,7 @@ class SparseCache(PagedCache):
 
     def _begin(self, key: Tensor, mask: Tensor | None) -> None:
         rows, _, length, _ = key.shape
-        if self._forward is not None:
-            self._undo()
+        self._undo()
         if self.columns + length > self.attachment.max_tokens:
             raise ValueError(
                 f"{self.columns + length} tokens exceed the model's context of {self.attachment.max_tokens}; "
@@ -146,28 +149,35 @@ class SparseCache(PagedCache):
         """Raises ValueError where kernels, which cannot raise, found too few pages; the forward is taken back."""
         if forward.rollback is not None and self.ragged.pool.pages_free < 0:
             raise ValueError(self.ragged.pool.shortage(self._undo()))
-        self._forward = None
-        self.columns += length
-        if forward.rollback is not None:
-            self._prompts.update(forward.packing.filled)
+        prompts = self._prompts if forward.rollback is None else self._prompts | set(forward.packing.filled)
         held = self.ragged.lengths.sum()
-        self._peak = torch.maximum(self._peak.to(held.device), held)
+        peak = torch.maximum(self._peak.to(held.device), held)
+        # In one statement, between whose stores no interrupt comes: the forward has happened or it has not.
+        self._prompts, self._peak, self.columns, self._forward, self._torn = (
+            prompts,
+            peak,
+            self.columns + length,
+            None,
+            None,
+        )
 
     def _finish_prompts(self) -> None:
         """A single token comes: the chunk before it was its prompt's last."""
         if self._prompts and any(policy.prunes for policy in self._policies):
             rows = torch.tensor(sorted(self._prompts), device=self.ragged.lengths.device)
+            self._torn = "the end of a prompt"
             self._running.finish_prompts(rows, self.columns)
-        self._prompts.clear()
+        self._prompts, self._torn = set(), None
 
     def _undo(self) -> int:
-        """Take back the forward under way; returns the pages it had taken."""
-        forward, self._forward = self._forward, None
-        assert forward is not None
-        if forward.rollback is None:
-            self._forward = forward
-            raise ValueError("a decode step was interrupted half-way; call cache.reset() and prefill again")
-        return forward.rollback.restore()
+        """Take back the forward under way, if any; returns the pages it had taken."""
+        if self._torn is not None:
+            raise ValueError(f"{self._torn} was interrupted half-way; call cache.reset() and prefill again")
+        forward, taken = self._forward, 0
+        if forward is not None and forward.rollback is not None:
+            taken = forward.rollback.restore()
+        self._forward = None
+        return taken
 
     def _check_room(self, ragged: RaggedCache) -> None:
         """Refuse a decode step for which the pool has too few pages, before anything is written."""
@@ -206,13 +216,15 @@ class SparseCache(PagedCache):
 
     def reset(self) -> None:
         """Forget everything and free all pages; the pool stays."""
-        self._forward = None
+        if self._torn is not None or self._forward is not None:
+            self._executor = None  # its accounts may not add up: the next forward makes it anew
+        self._torn = "a reset"
         self.columns = 0
-        self._prompts.clear()
         self._earlier_reads, self._peak = torch.zeros(()), torch.zeros_like(self._peak)
         if self._executor is not None:
             self._executor.ragged.clear()
             self._executor.forget_reads()
+        self._prompts, self._forward, self._torn = set(), None, None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Fork each row into `repeats` neighbours that share its settled pages; exact."""
@@ -220,12 +232,17 @@ class SparseCache(PagedCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Row i becomes a copy of row indices[i]; rows not named are freed."""
-        if self._forward is not None:
-            self._undo()
-        before = self._running.select(indices.to(self.ragged.lengths.device))
+        self._undo()
+        self._torn = "a fork"
+        try:
+            before = self._running.select(indices.to(self.ragged.lengths.device))
+        except ValueError:  # nothing was changed
+            self._torn = None
+            raise
         assert before is not None
-        self._earlier_reads = self._earlier_reads.to(before.device) + before
-        self._prompts = {new for new, old in enumerate(indices.tolist()) if old in self._prompts}
+        reads = self._earlier_reads.to(before.device) + before
+        prompts = {new for new, old in enumerate(indices.tolist()) if old in self._prompts}
+        self._earlier_reads, self._prompts, self._torn = reads, prompts, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: each beam continues from the row it came from."""
@@ -238,6 +255,7 @@ class SparseCache(PagedCache):
 
     def stats(self) -> KVStats:
         """What the cache holds now, read off the allocator."""
+        self._undo()
         ragged = self.ragged
         per_head = ragged.lengths[0].numel() // ragged.rows * len(ragged.rings)
         held, seen = int(ragged.lengths.sum()), int(ragged.seen[0].sum())

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from sparsekv import dmc
 from sparsekv.dms import NeuronSource
 from sparsekv.modeling import neuron
-from sparsekv.modeling.attached import ATTACHMENT, AttachedLayer, Attachment
+from sparsekv.modeling.attached import ATTACHMENT, CALL, AttachedLayer, Attachment
 from sparsekv.modeling.attention_layers import AttentionLayers
 from sparsekv.modeling.neuron import Projected
 from sparsekv.policies import Policy, Step
@@ -33,16 +33,13 @@ TOLERANCE = 0.05
 
 @dataclass(kw_only=True)
 class Reader:
-    """Reads one layer. The last two are of the forward under way."""
+    """Reads one layer. In attached.CALL it leaves rotation, cos and sin, [B or 1, S, D], and importance
+    [B, S, kv_heads] for the hook that reads the keys."""
 
     attached: AttachedLayer
     source: NeuronSource
     query: Projected
     key: Projected
-    rotation: tuple[Tensor, Tensor] | None = None
-    """cos and sin, [B or 1, S, D]."""
-    importance: Tensor | None = None
-    """[B, S, kv_heads]."""
 
     def without_channel(self, output: Tensor, of: Projected, args: tuple[Any, ...]) -> Tensor:
         """A copy of what `of` made of args, the channel zeroed in all heads, or faded as much as training says."""
@@ -79,14 +76,14 @@ def _read_rotation(
         cos, sin = cos.clone(), sin.clone()
         for turned in (cos, sin):
             turned[..., reader.source.channel] *= reader.attached.attachment.keep
-    reader.rotation = cos, sin
+    CALL.rotation = cos, sin
     return args, kwargs | {"position_embeddings": (cos, sin)}
 
 
 def _read_queries(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     reader: Reader = getattr(module, READER)
     source = reader.source
-    reader.importance = dmc.importance(
+    CALL.importance = dmc.importance(
         reader.query.by_head(args[0], output),
         reader.key.heads,
         channel=source.channel,
@@ -98,8 +95,8 @@ def _read_queries(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> T
 
 def _read_keys(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     reader: Reader = getattr(module, READER)
-    source, (rotation, importance) = reader.source, (reader.rotation, reader.importance)
-    reader.rotation = reader.importance = None
+    source, rotation, importance = reader.source, CALL.rotation, CALL.importance
+    CALL.rotation = CALL.importance = None
     assert rotation is not None and importance is not None, "queries are made before keys"
     logits = dmc.merge_logits(
         reader.key.by_head(args[0], output), channel=source.channel, scale=source.scale, offset=source.offset
@@ -107,7 +104,7 @@ def _read_keys(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tens
     output = reader.without_channel(output, reader.key, args)
     key = reader.key.by_head(args[0], output)
     cos, sin = (x.expand(*key.shape[:2], -1) for x in rotation)
-    reader.attached.hidden = dmc.BeforeRope(logits, importance, key, cos, sin).pack()
+    CALL.hidden = dmc.BeforeRope(logits, importance, key, cos, sin).pack()
     return output
 
 
@@ -183,4 +180,4 @@ def _probing(attachment: Attachment, probe: Policy):
         yield
     finally:
         for attached in governed:
-            attached.policy, attached.hidden = attachment.policy, None
+            attached.policy = attachment.policy

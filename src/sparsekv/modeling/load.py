@@ -5,10 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from sparsekv.assets.embedded import resolve_model
+from sparsekv.assets.fetched import cache_folder
 
 
 def load_model(
@@ -25,21 +27,34 @@ def load_model(
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else "auto"
     shared = {} if tensor_parallel == 1 else {"distributed_config": DistributedConfig(tp_size=tensor_parallel)}
-    with _named(name):
-        model: Any = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype, **shared)
+    folder = _resolved(name)
+    with _named(name, folder):
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **shared)
     return (model if shared else model.to(device)).eval(), load_tokenizer(name)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer alone. Raises ValueError where there is no such model."""
-    with _named(name):
-        return AutoTokenizer.from_pretrained(resolve_model(name))
+    folder = _resolved(name)
+    with _named(name, folder):
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def _resolved(name: str) -> str:
+    try:
+        return resolve_model(name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot keep {name} in {cache_folder()} ({reason}): make room there and try again") from None
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def _named(name: str, folder: str) -> Iterator[None]:
     try:
         yield
+    except SafetensorError as error:
+        mend = f"delete the folder {folder}, and it is fetched again" if folder != name else "copy or fetch it again"
+        raise ValueError(f"cannot load {name}: its weights are damaged ({error}); {mend}") from None
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(" .:")
         raise ValueError(

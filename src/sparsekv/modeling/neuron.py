@@ -7,12 +7,13 @@ has one (arXiv 2506.05345, section 3.1). A forward hook on the module that makes
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 from torch import Tensor, nn
 
 from sparsekv import dms
-from sparsekv.modeling.attached import AttachedLayer
+from sparsekv.modeling.attached import CALL, AttachedLayer
 from sparsekv.modeling.attention_layers import AttentionLayers
 
 _NORM_AFTER_ROPE = {"NanoChatAttention"}
@@ -39,21 +40,26 @@ def install(
 ) -> Callable[[], None]:
     """Let the layer get its logits from the queries; returns what undoes it."""
     queries = Projected.find(layers, index, "query")
-
-    def read(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        attached.hidden = dms.neuron_logits(
-            queries.by_head(args[0], output),
-            layers.kv_heads,
-            channel=source.channel,
-            scale=source.scale,
-            offset=source.offset,
-        )
-        output, keep = output.clone(), attached.attachment.keep
-        dms.zero_neuron_(queries.by_head(args[0], output), layers.kv_heads, channel=source.channel, keep=keep)
-        return output
-
     attached.neuron = source
-    return queries.module.register_forward_hook(read).remove
+    return queries.module.register_forward_hook(partial(_read_logits, attached, source, queries)).remove
+
+
+def _read_logits(
+    attached: AttachedLayer,
+    source: dms.NeuronSource,
+    queries: "Projected",
+    _: nn.Module,
+    args: tuple[Any, ...],
+    output: Tensor,
+) -> Tensor:
+    """The forward hook: leaves the logits for the attention function, returns the queries without the channel."""
+    kv_heads = attached.attachment.kv_heads
+    CALL.hidden = dms.neuron_logits(
+        queries.by_head(args[0], output), kv_heads, channel=source.channel, scale=source.scale, offset=source.offset
+    )
+    output, keep = output.clone(), attached.attachment.keep
+    dms.zero_neuron_(queries.by_head(args[0], output), kv_heads, channel=source.channel, keep=keep)
+    return output
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,8 @@ class DMSPolicy(Policy):
         """The offset as a tensor float32 [1], the same one at every call: kernels and graphs may keep it."""
         if device not in self._offsets:
             with torch.inference_mode(False):  # so that a later assignment may write to it
-                self._offsets[device] = torch.tensor([self._offset], dtype=torch.float32, device=device)
+                made = torch.tensor([self._offset], dtype=torch.float32, device=device)
+            self._offsets.setdefault(device, made)  # one for all threads
         return self._offsets[device]
 
     def window(self, layer: int) -> int:

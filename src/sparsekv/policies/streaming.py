@@ -16,6 +16,9 @@ class StreamingPolicy(Policy):
     name = "streaming"
 
     def __init__(self, *, budget: int, sinks: int = 4) -> None:
+        for name, value in (("budget", budget), ("sinks", sinks)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} is {value!r}; it counts tokens, so use an integer")
         if sinks < 0:
             raise ValueError(f"sinks is {sinks}; it must be 0 or more")
         if budget <= sinks:

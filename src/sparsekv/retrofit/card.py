@@ -15,8 +15,8 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
         "---\nlibrary_name: sparsekv\n"
         f"base_model: {adapter.base_model_name_or_path}\ntags: [{adapter.policy}, kv-cache]\n---\n\n"
         f"# {_title(adapter)} for {adapter.base_model_name_or_path}\n\n"
-        f"{_about(adapter)}, trained to ratio {made['final_cr']:g}, with an offset on the logits for every ratio from "
-        f"1 to {adapter.max_cr:.3g}. {_base(adapter, config)}\n",
+        f"{_about(adapter)}, trained towards ratio {made['final_cr']:g}{_marked(made)}, with an offset on the logits "
+        f"for every ratio from 1 to {adapter.max_cr:.3g}. {_base(adapter, config)}\n",
         "## Training\n\n"
         f"{made['steps']} steps of {config.batch} x {config.length} tokens in {made['minutes']:g} minutes on "
         f"{made['hardware']} (torch {made['torch']}); of the rows {describe_data(config.data)}, some of each text held "
@@ -32,6 +32,11 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
     if results is not None:
         parts.append(_evaluation(results))
     return "\n".join(parts)
+
+
+def _marked(made: dict[str, Any]) -> str:
+    """How far training came; not every adapter says."""
+    return f" (its last step marked {made['marked']:.1%} of tokens)" if "marked" in made else ""
 
 
 def _title(adapter: AdapterConfig) -> str:

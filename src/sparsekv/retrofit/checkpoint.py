@@ -59,11 +59,17 @@ def told(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointException, SafetensorError) as error:
-        reason = " ".join(str(error).split())[-200:]
         raise ValueError(
-            f"cannot write {folder} ({reason}); make room there and start again: what was saved before is whole, and "
-            "the run goes on from it"
+            f"cannot write {folder} ({reason(error)}); make room there and start again: what was saved before is "
+            "whole, and the run goes on from it"
         ) from None
+
+
+def reason(error: BaseException) -> str:
+    """Why the system refused, without the tracebacks that a checkpoint's error carries of each process."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:

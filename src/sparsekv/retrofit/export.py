@@ -4,17 +4,20 @@ folder/ adapter_config.json, adapter_model.safetensors   heads, and LoRA in PEFT
         model/                                            trainable: all, and merged exports
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsekv.assets.embedded import resolve_model
 from sparsekv.modeling.adapter import HEAD, PREFIX, AdapterConfig, load_adapter, write_adapter
 from sparsekv.modeling.lora import MergedLora
+from sparsekv.retrofit.checkpoint import reason
 from sparsekv.retrofit.peft import peft_name
 
 MODEL_FOLDER = "model"
@@ -42,7 +45,8 @@ def export_merged(base: str, adapter: str, folder: Path) -> AdapterConfig:
     """Write a plain Transformers model with an adapter's LoRA merged in, and its heads beside it; the base's files and
     the adapter's are left as they are. Returns the new adapter's configuration.
 
-    Raises ValueError for an adapter without LoRA or of another model, or a folder that is not empty.
+    Raises ValueError for an adapter without LoRA or of another model, or a folder that is not empty or cannot be
+    written, which is then as it was.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; name a new folder")
@@ -51,11 +55,18 @@ def export_merged(base: str, adapter: str, folder: Path) -> AdapterConfig:
     if not loaded.lora:
         raise ValueError(f"the adapter {adapter} has no LoRA to merge: use it with its base model as it is")
     MergedLora(model, loaded.lora, scale=loaded.config.lora_alpha / loaded.config.r).put_in()
-    _save(model, base, folder / MODEL_FOLDER)
     config = replace(
         loaded.config, base_model_name_or_path=str(folder / MODEL_FOLDER), r=0, lora_alpha=0, target_modules=[]
     )
-    write_adapter(folder, config, {PREFIX + name: tensor for name, tensor in loaded.head_state.items()})
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        _save(model, base, partial / MODEL_FOLDER)
+        write_adapter(partial, config, {PREFIX + name: tensor for name, tensor in loaded.head_state.items()})
+        partial.replace(folder)  # over an empty one
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot write {folder} ({reason(error)}); make room there, or name another folder") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return config
 
 

@@ -8,25 +8,26 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
+from sparsekv import yaml_file
+
 
 def read_yaml(path: str | Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A YAML file's keys with `key=value` overrides (dotted keys reach inside: `evaluation.items=8`).
 
-    Raises ValueError for a missing file, what holds no keys, or an override without a value.
+    Raises ValueError for a missing file, what holds no keys or one twice, or an override without a value.
     """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    raw = yaml_file.read(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds no keys; see configs/smollm2-135m.yaml for an example")
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise ValueError(f"--set {override} has no '='; write --set key=value")
-        _assign(raw, key.strip(), yaml.safe_load(text))
+        try:
+            value = yaml_file.load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {override}: the value is not YAML; put it in quotes") from None
+        _assign(raw, key.strip(), value)
     return raw
 
 

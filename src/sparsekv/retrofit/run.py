@@ -62,8 +62,6 @@ def run(config: RetrofitConfig, *, say: Say = lambda text: print(text, file=sys.
     trained = (output / CONFIG_FILE).exists()
     processes.wait_for_everyone()
     if not trained:
-        if processes.is_main_process:
-            save_config(config, output / CONFIG_COPY)
         _train(documents, config, say=say)
     processes.wait_for_everyone()
     processes.destroy_process_group()  # a process that ends within it may be aborted, and the launcher then ends all
@@ -194,16 +192,19 @@ def _train(documents: list[Documents], config: RetrofitConfig, *, say: Say) -> N
     origin = provenance(model, config)
     say(f"Training {config.steps} steps to ratio {config.final_cr:g} on {origin['hardware']}")
     rows = blend(documents, tokenizer, count=config.steps * config.batch, length=config.length, seed=config.seed)
+    if PartialState().is_main_process:  # not before: a mistake in model or data leaves a folder that is free
+        save_config(config, Path(config.output) / CONFIG_COPY)
     weights = train(model, rows, config, teacher=teacher, progress=PartialState().is_main_process)
     if not PartialState().is_main_process:
         return
-    seconds = [json.loads(line)["seconds"] for line in (Path(config.output) / METRICS_FILE).read_text().splitlines()]
+    steps = [json.loads(line) for line in (Path(config.output) / METRICS_FILE).read_text().splitlines()]
     made = adapter_config(
         model,
         config,
         steps=config.steps,
         final_cr=config.final_cr,
-        minutes=round(sum(seconds) / 60, 2),
+        minutes=round(sum(step["seconds"] for step in steps) / 60, 2),
+        marked=round(steps[-1]["fraction"], 4),
         **origin,
     )
     with told(Path(config.output)):

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from sparsekv import yaml_file
 from sparsekv.retrofit.config import RetrofitConfig, parse_config
 from sparsekv.studies.ablations.controls import CONTROLS
 
@@ -70,10 +69,7 @@ def load_study(path: str | Path, *, overrides: Sequence[str] = ()) -> Study:
     Raises ValueError for a file that is not such a study, an unknown control or run, or a configuration that does not
     fit, naming the run.
     """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the study {path}: {' '.join(str(error).split())}") from None
+    raw = yaml_file.read(path)
     if not isinstance(raw, dict) or set(raw) != {"base", "runs", "pictures"} or BASE not in raw["runs"]:
         raise ValueError(f"{path} must hold the keys base, runs and pictures, and a run named {BASE}")
     base = raw["base"]
@@ -81,7 +77,7 @@ def load_study(path: str | Path, *, overrides: Sequence[str] = ()) -> Study:
         key, separator, value = override.partition("=")
         if not separator:
             raise ValueError(f"--set {override} has no '='; write --set key=value")
-        base = merged(base, _nested(key, yaml.safe_load(value)))
+        base = merged(base, _nested(key, yaml_file.load(value)))
     changed = {name: changes or {} for name, changes in raw["runs"].items()}
     own = merged(base, changed[BASE])
     runs = {name: _run(name, own if _takes_base(changes) else base, changes) for name, changes in changed.items()}
