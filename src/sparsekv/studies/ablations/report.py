@@ -4,18 +4,15 @@ Perplexity is shown over dense, on the training's domain and as the mean over th
 dense gets right that stays right; each at the ratio that was measured.
 """
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 from sparsekv.markdown import replaced, table
 from sparsekv.studies.ablations.study import Picture, Study
+from sparsekv.studies.runner import Line, read_lines
 
 BLOCK = "ablations"
 HEAD = ("run", "point", "ratio", "perplexity", "other domains", "divergence", "retrieval kept")
-
-Line = dict[str, Any]
 
 
 def write_page(results: Path, page: Path, *, study: Study, images: Path | None = None) -> None:
@@ -24,11 +21,10 @@ def write_page(results: Path, page: Path, *, study: Study, images: Path | None =
     Raises ValueError for files that are not there, results that are not such, or a page without its markers.
     """
     images = page.parent / "img" if images is None else images
-    try:
-        lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-        replaced(page, "", name=BLOCK)  # refuses the page before anything is drawn
-    except OSError as error:
-        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from None
+    lines = read_lines(results)
+    if not page.exists():
+        raise ValueError(f"there is no page {page}; give one with the lines that begin and end the block {BLOCK}")
+    replaced(page, "", name=BLOCK)  # refuses the page before anything is drawn
     images.mkdir(parents=True, exist_ok=True)
     there = {line["run"] for line in lines}
     absent = [name for name in study.runs if name not in there]

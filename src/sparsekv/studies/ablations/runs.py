@@ -8,9 +8,8 @@ goes on from its last checkpoint.
 import gc
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,9 @@ from sparsekv.retrofit.documents import held_out, read_all
 from sparsekv.retrofit.metrics import METRICS_FILE
 from sparsekv.studies.ablations.controls import CONTROLS
 from sparsekv.studies.ablations.study import BASE, Run, Study
+from sparsekv.studies.runner import Say, append, missing, read_lines, to_stderr
 
 RESULTS = "ablations.jsonl"
-
-Say = Callable[[str], None]
 
 
 def perform(
@@ -40,33 +38,22 @@ def perform(
     only: Sequence[str] | None = None,
     seconds: float = float("inf"),
     run_seconds: float = float("inf"),
-    say: Say = lambda text: print(text, file=sys.stderr, flush=True),
+    say: Say = to_stderr,
 ) -> None:
     """Make the runs (those named in `only`, and the base where a control needs it) that out/ablations.jsonl lacks.
 
     seconds: no further run is begun after this time. run_seconds: a run is left out where the steps so far say that its
     training would take longer. Raises ValueError for unknown names and what a retrofit cannot do.
     """
-    unknown = sorted(set(only or ()) - set(study.runs))
-    if unknown:
-        raise ValueError(f"unknown runs {', '.join(unknown)}; the study has {', '.join(study.runs)}")
-    deadline = time.monotonic() + seconds
-    out.mkdir(parents=True, exist_ok=True)
     results = out / RESULTS
-    for name, run in study.runs.items():
-        lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-        if only is not None and name not in only or name in {line["run"] for line in lines}:
-            continue
-        if time.monotonic() > deadline:
-            say(f"The {seconds:g} seconds are over: {name} and what follows are left out")
-            return
+    for name in missing(list(study.runs), results, key="run", only=only, seconds=seconds, say=say):
+        run, lines = study.runs[name], read_lines(results) if results.exists() else []
         expected = run.config.steps * max((line["seconds_per_step"] for line in lines), default=0.0)
         if run.trained and expected > run_seconds:
             say(f"{name} is left out: it would train for some {expected:.0f} seconds")
             continue
         say(f"== {name}")
-        with results.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in _lines(run, study.runs[BASE], out, say))
+        append(results, _lines(run, study.runs[BASE], out, say))
 
 
 def _lines(run: Run, base: Run, out: Path, say: Say) -> list[dict[str, Any]]:
