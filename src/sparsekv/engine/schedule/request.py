@@ -174,11 +174,17 @@ class Request:
     heads: int = 1
     """Layers times KV heads, to average over."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     sequences: list[Sequence] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
         return all(sequence.status is Status.FINISHED for sequence in self.sequences)
+
+    @property
+    def scored(self) -> bool:
+        """Whether the prompt's tokens get log-probabilities."""
+        return self.params.prompt_logprobs is not None
 
     def output(self) -> RequestOutput:
         """A snapshot of the samples."""
@@ -189,6 +195,7 @@ class Request:
             outputs=[self._completion(sequence) for sequence in self.sequences],
             finished=self.finished,
             metrics=self.metrics.copy(),
+            prompt_logprobs=list(self.prompt_logprobs) if self.scored else None,
         )
 
     def _completion(self, sequence: Sequence) -> CompletionOutput:
