@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 import sparsekv
 import tiny
@@ -33,6 +34,20 @@ def test_steps_give_what_a_prefill_gives_and_count_reads() -> None:
     assert whole.stats.kv_reads == 0 < stepped.stats.kv_reads
 
 
+@pytest.mark.parametrize("policy", ["dense", "tova", "h2o", "random", "snapkv", "quest", "streaming"])
+def test_prompts_padded_on_the_left_walk_as_they_do_alone(policy: str) -> None:
+    """In a pool that just holds the text, too."""
+    model = tiny_model(dtype=torch.float64)
+    sparsekv.attach(model, policy=policy, **({} if policy == "dense" else {"budget": 40}))
+    with contexts.dense(model):
+        split = SplitModel(model)
+    ids, pads = tokens(3, 80), torch.tensor([0, 7, 16])
+    together = walk(split, ids, start=60, pads=pads)
+    for row, pad in enumerate(pads.tolist()):
+        alone = walk(split, ids[row : row + 1, pad:], start=60 - pad)
+        assert (together.hidden[row] - alone.hidden[0]).abs().max() < 1e-9
+
+
 def test_a_greedy_walk_is_what_generate_says() -> None:
     model = tiny_model()
     ids = tokens(2, 30)
@@ -52,6 +67,18 @@ def test_a_setting_governs_by_the_length_and_gives_the_model_back() -> None:
     assert all(attached.policy is before for attached in attachment_of(model).layers)
     with pytest.raises(ValueError, match="context is 256"), setting.governing(model, tokens=2000):
         pass
+
+
+def test_a_budget_for_the_prompt_alone_leaves_room_and_a_share_follows_the_length() -> None:
+    model = tiny_model()
+    setting = Setting(policy="snapkv", cr=2)
+    setting.attach(model)
+    with setting.governing(model, tokens=100) as policy:
+        assert policy.budget == 50
+    with setting.governing(model, tokens=100, output=12) as policy:
+        assert policy.budget == 38
+    with pytest.raises(ValueError, match="it is a share above 0"):
+        Setting(policy="quest", cr=2, reads=0.5)
 
 
 def test_wilson_is_the_textbook_s() -> None:

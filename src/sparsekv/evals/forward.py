@@ -42,7 +42,7 @@ def read(split: SplitModel, ids: Tensor, *, eviction: str) -> Reading:
     if eviction not in EVICTIONS:
         raise ValueError(f"eviction is {eviction!r}; use one of {', '.join(EVICTIONS)}")
     if eviction == "cache":
-        cache = SparseCache(split.model)
+        cache = SparseCache(split.model, max_tokens=ids.shape[1])
         hidden = torch.cat([split.hidden(part, cache=cache) for part in ids.split(CHUNK, dim=1)], dim=1)
         return Reading(hidden=hidden, seen=ids.numel(), held=cache.stats().tokens_held)
     with recorded_marks(split.model) as recorded:

@@ -69,12 +69,18 @@ class MeasurementConfig:
     length: int = 2048
     long_lengths: list[int] = field(default_factory=list)
     same_ratio: bool = False
+    """Of the questions too: see EvaluationConfig."""
     items: int = 4
     contexts: list[int] = field(default_factory=lambda: [1024, 2048])
     kinds: list[str] = field(default_factory=list)
     answers: str = "forced"
     text: bool = True
     """Whether running text is measured."""
+    scored: int | None = None
+    """Of each text the last so many tokens are scored, after all others as the prompt; None = half of it."""
+    equal_peak: bool = False
+    """A budget made of a ratio bounds what is held at the end: methods that have one for the prompt alone, and keep all
+    that follows, leave room for it."""
     by: str = "auto"
     """How running text is scored: by decode steps; read off one prefill, which methods that prune a finished prompt or
     choose what a query reads do not allow; or auto, by steps where one of the methods needs them."""
@@ -91,6 +97,9 @@ class MeasurementConfig:
             raise ValueError(f"contexts has {min(self.contexts)} tokens; facts and questions need 128 or more")
         if min(self.long_lengths, default=4) < 4:
             raise ValueError(f"long-lengths has {min(self.long_lengths)}; use at least 4 tokens")
+        shortest = min([self.length, *self.long_lengths])
+        if self.scored is not None and not 1 <= self.scored <= shortest - 2:
+            raise ValueError(f"scored is {self.scored}; of texts of {shortest} tokens use 1 to {shortest - 2}")
         for name, value, known in (("by", self.by, WAYS), ("answers", self.answers, ANSWERS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")

@@ -42,20 +42,29 @@ class SparseCache(PagedCache):
     """A KV cache in which the policy of an attached model forgets, in real memory.
 
     model: an attached model (sparsekv.attach). kv_memory: the pool's size, in bytes or as "2GiB"; without it the pool
-    can hold the model's whole context densely for every row, but takes at most half of the free memory (on the CPU
-    pages that are never used cost nothing). page_size: slots per page; without it what the policy needs, else 32.
+    can hold max_tokens tokens of every row densely, without that the model's whole context, but takes at most half of
+    the free memory (on the CPU pages that are never used cost nothing). page_size: slots per page; without it what the
+    policy needs, else 32.
 
     Raises ValueError for a model that is not attached, a bad size, or, in a forward, when the pool is full (naming the
     bytes needed; the cache stays usable) or the text exceeds the model's context.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, kv_memory: int | str | None = None, page_size: int | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        kv_memory: int | str | None = None,
+        max_tokens: int | None = None,
+        page_size: int | None = None,
     ) -> None:
         if page_size is not None and (type(page_size) is not int or page_size < 1):
             raise ValueError(f"page_size is {page_size}; it counts token slots, so use an integer from 1 (32 is usual)")
         self.attachment = attachment_of(model)
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+            raise ValueError(f"max_tokens is {max_tokens}; it counts the tokens of a row, so use an integer from 1")
         self._kv_memory = None if kv_memory is None else parse_bytes(kv_memory)
+        self._max_tokens = self.attachment.max_tokens if max_tokens is None else max_tokens
         self._policies = [attached.policy for attached in self.attachment.layers]
         self._page_size = choose_page_size(self._policies, page_size)
         self._executor: Executor | None = None
@@ -197,7 +206,7 @@ class SparseCache(PagedCache):
         each = page_bytes(self._policies, shape, page_size=self._page_size)
         size = self._kv_memory
         if size is None:
-            per_head = -(-self.attachment.max_tokens // self._page_size)
+            per_head = -(-self._max_tokens // self._page_size) + 1  # for which a decode step need not be counted
             most = int(SHARE_OF_FREE_MEMORY * free_memory(key.device))
             size = min(rows * len(self._policies) * shape.kv_heads * per_head * each, most)
         if size < each:

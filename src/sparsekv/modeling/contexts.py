@@ -12,6 +12,7 @@ from sparsekv import dms
 from sparsekv.modeling.attach import attachment_of, check_budget
 from sparsekv.policies import Policy
 from sparsekv.policies.dms import DMSPolicy
+from sparsekv.policies.quest import DMSQuestPolicy
 
 
 @dataclass(kw_only=True)
@@ -103,6 +104,16 @@ def dialled(policy: DMSPolicy, offset: float) -> Iterator[None]:
         yield
     finally:
         policy.offset = previous
+
+
+@contextmanager
+def reading(policy: DMSQuestPolicy, budget: int) -> Iterator[None]:
+    """Within, a query of the policy reads about so many tokens, in a SparseCache (graphs of the engine keep theirs)."""
+    previous, policy.budget = policy.budget, budget
+    try:
+        yield
+    finally:
+        policy.budget = previous
 
 
 @contextmanager

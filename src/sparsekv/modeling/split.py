@@ -38,11 +38,15 @@ class SplitModel:
         """Positions whose logits are held at once: a power of two, so that most texts are cut evenly."""
         self._check()
 
-    def hidden(self, ids: Tensor, *, cache: Cache | None = None, documents: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, *, cache: Cache | None = None, pads: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """ids: int64 [B, S], each row one text, or packed with texts that `documents`, int64 [B, S], numbers in order
-        -> the last hidden states [B, S, hidden_size], ready for `logits`."""
+        -> the last hidden states [B, S, hidden_size], ready for `logits`. pads: int64 [B], tokens of padding that each
+        row of the cache begins with, these ids included."""
         if cache is not None:
-            return self.body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+            padded = {} if pads is None else _padded(pads, begin=cache.get_seq_length(), length=ids.shape[1])
+            return self.body(input_ids=ids, past_key_values=cache, use_cache=True, **padded).last_hidden_state
         positions = {} if documents is None else {"position_ids": _positions(documents)}
         return self.body(input_ids=ids, use_cache=False, documents=documents, **positions).last_hidden_state
 
@@ -78,6 +82,15 @@ class SplitModel:
 @cache
 def _compiled(divergence: Divergence) -> Divergence:
     return torch.compile(divergence)
+
+
+def _padded(pads: Tensor, *, begin: int, length: int) -> dict[str, Tensor]:
+    """The model's keywords for columns begin .. begin + length - 1 of rows that are padded on the left."""
+    columns = torch.arange(begin + length, device=pads.device)
+    positions = (columns[begin:] - pads[:, None]).clamp(min=0)
+    if length == 1:  # a decode step, which has no padding: told so, the cache need not look
+        return {"position_ids": positions}
+    return {"position_ids": positions, "attention_mask": columns >= pads[:, None]}
 
 
 def _positions(documents: Tensor) -> Tensor:

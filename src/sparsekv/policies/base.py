@@ -109,6 +109,8 @@ class Policy:
     once a prompt."""
     trained: ClassVar[bool] = False
     """Whether it decides by parameters of its own."""
+    budgets_prompt: ClassVar[bool] = False
+    """Whether its budget is for the prompt alone, and all that follows is kept beyond it."""
     frees: ClassVar[bool] = True
     """Whether it holds less than it has seen."""
     recordable: ClassVar[bool] = True

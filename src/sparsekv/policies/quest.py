@@ -66,8 +66,19 @@ class DMSQuestPolicy(DMSPolicy):
 
     def __init__(self, *args: Any, budget: int, page_size: int = LEAST_PAGE, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.budget, self.page_size = budget, page_size
-        self.count = pages_of(self.name, budget, page_size)
+        self.page_size = page_size
+        self.budget = budget
+
+    @property
+    def budget(self) -> int:
+        """Tokens that a query reads about; assigning it takes effect from the next forward on."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: int) -> None:
+        assert self.page_size is not None
+        self.count = pages_of(self.name, budget, self.page_size)
+        self._budget = budget
 
     def state(self, shape: HeadShape) -> list[State]:
         return [bounds_state(shape)]

@@ -42,6 +42,8 @@ class Method:
     """What it takes, beside `cr`."""
     budget: bool
     """Whether it takes `budget`, and so `cr` by the rule (input + output tokens) / cr."""
+    budgets_prompt: bool
+    """Whether that is for the prompt alone, and all that follows is kept beyond it."""
     needs_training: bool
     needs_weights: bool
     """Whether it reads attention weights, which costs a second pass over the keys, at each step or once a prompt."""
@@ -73,6 +75,7 @@ def describe(name: str) -> Method:
         about=(inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " "),
         options=options,
         budget="budget" in options,
+        budgets_prompt=kind.budgets_prompt,
         needs_training=kind.trained,
         needs_weights=kind.ranks_by_weights,
         frees_memory=kind.frees and kind is not Policy,

@@ -24,6 +24,7 @@ class SnapKVPolicy(Policy):
     name = "snapkv"
     masks = False
     prunes = True
+    budgets_prompt = True
     rewrites = True
     ranks_by_weights = True
 

@@ -1,34 +1,59 @@
 """The comparison from its file to its page, at small size: each cell once, every method beside dense."""
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+import sparsekv
+from helpers import random_heads
 from sparsekv.markdown import markers
+from sparsekv.modeling.adapter import AdapterConfig, base_shape, save_adapter
+from sparsekv.modeling.load import load_model
 from sparsekv.policies import policy_names
 from sparsekv.studies.comparison.__main__ import STUDY, main
 from sparsekv.studies.comparison.report import BLOCK
 from sparsekv.studies.comparison.study import load_study
+from sparsekv.studies.runner import read_lines
 
 BEGIN, END = markers(BLOCK)
 ROOT = Path(__file__).parents[3]
-POLICIES = ["random", "tova", "quest"]
+METHODS = ["random", "tova", "quest", "dms", "dms-quest"]
 
 
 @pytest.fixture
-def study(folder: Path, tmp_path: Path) -> Path:
+def adapter(folder: Path, tmp_path: Path) -> str:
+    """Random heads, and a made-up table of ratios."""
+    model, _ = load_model(str(folder))
+    sparsekv.attach(model, policy="dms", window=8)
+    config = AdapterConfig(
+        base_model_name_or_path=str(folder),
+        base_shape=base_shape(model),
+        window=8,
+        offsets=[(-4.0, 1.5), (4.0, 4.0)],
+    )
+    save_adapter(random_heads(model), tmp_path / "adapter", config)
+    return str(tmp_path / "adapter")
+
+
+@pytest.fixture
+def study(folder: Path, adapter: str, tmp_path: Path) -> Path:
     path = tmp_path / "study.yaml"
     values = {
         "model": str(folder),
-        "policies": POLICIES,
+        "methods": {
+            "random": None,
+            "tova": None,
+            "quest": None,
+            "dms": {"adapter": adapter},
+            "dms-quest": {"adapter": adapter, "reads": [0.5, 0.25]},
+        },
         "ratios": [2],
         "text": str(folder / "texts"),
         "batch": 2,
-        "perplexity": {"rows": 1, "length": 96},
+        "perplexity": {"rows": 2, "length": 96, "scored": 12},
         "retrieval": {"kinds": ["pass key"], "contexts": [256], "items": 1},
-        "speed": {"batches": [1, 2], "prompt": 24, "output": 6, "ratio": 2},
+        "speed": {"batches": [1, 2], "prompt": 24, "output": 6, "ratio": 2, "kv_memory": "8MiB"},
     }
     path.write_text(yaml.safe_dump(values))
     return path
@@ -36,21 +61,20 @@ def study(folder: Path, tmp_path: Path) -> Path:
 
 def test_each_cell_is_made_once_and_shown(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, page = tmp_path / "out", tmp_path / "page.md"
-    run = ["run", str(out), "--study", str(study)]
+    run = ["run", str(out), "--study", str(study), "--commit", "abc"]
     assert main([*run, "--only", "tova at 2,speed of random"]) == 0
     assert main(run) == 0
-    lines = [json.loads(line) for line in (out / "comparison.jsonl").read_text().splitlines()]
+    lines = read_lines(out / "comparison.jsonl")
     assert {line["cell"] for line in lines} == {
-        "dense", *(f"{name} at 2" for name in POLICIES), *(f"speed of {name}" for name in ["dense", *POLICIES])
+        "dense", *(f"{name} at 2" for name in METHODS), "dms-quest at 2 reading 0.25",
+        *(f"speed of {name}" for name in ["dense", *METHODS]),
     }  # fmt: skip
+    assert all(line["hardware"] and line["seed"] == 0 and line["commit"] == "abc" for line in lines)
     quality = [line for line in lines if line["kind"] == "quality"]
     assert [(x["policy"], x["task"]) for x in quality if x["cell"] == "random at 2"] == [
         ("random", "perplexity"),
         ("random", "pass key"),
     ]
-    budgeted = [line for line in quality if line["policy"] in ("random", "tova") and line["task"] == "perplexity"]
-    assert all(line["tokens_held"] == line["budget"] == 48 for line in budgeted)
-    assert all(line["hardware"] and line["seed"] == 0 for line in lines)
     before = (out / "comparison.jsonl").read_bytes()
     assert main(run) == 0
     assert (out / "comparison.jsonl").read_bytes() == before
@@ -59,16 +83,43 @@ def test_each_cell_is_made_once_and_shown(study: Path, tmp_path: Path, capsys: p
     assert main(["report", str(out / "comparison.jsonl"), str(page)]) == 0
     text = page.read_text()
     assert text.startswith("before\n")
-    assert "## Ratio 2" in text
-    assert text.count("| random |") == text.count("| dense |") == 2
+    assert all(
+        title in text for title in ("## Ratio 2", "## How little DMS + Quest may read", "## Speed in the engine")
+    )
+    assert text.count("| random |") == text.count("| dense |") == 4
     assert (tmp_path / "img" / "comparison.png").stat().st_size > 5000
+
+
+def test_methods_hold_as_much_at_their_peak(study: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(study.read_text()) | {"methods": {"tova": None, "snapkv": None}, "retrieval": {}}
+    values |= {"perplexity": {"rows": 1, "length": 200, "scored": 12}, "speed": None}
+    study.write_text(yaml.safe_dump(values))
+    assert main(["run", str(tmp_path), "--study", str(study)]) == 0
+    lines = {line["method"]: line for line in read_lines(tmp_path / "comparison.jsonl")}
+    assert lines["tova"]["tokens_held"] == lines["snapkv"]["tokens_held"] == 100
+    assert (lines["tova"]["budget"], lines["snapkv"]["budget"]) == (100, 88)
+
+
+@pytest.mark.slow
+def test_processes_make_what_one_makes(study: Path, tmp_path: Path) -> None:
+    found = []
+    for processes in ("1", "2"):
+        out = tmp_path / processes
+        only = "dense,random at 2,dms-quest at 2"
+        assert main(["run", str(out), "--study", str(study), "--processes", processes, "--only", only]) == 0
+        lines = read_lines(out / "comparison.jsonl")
+        found.append({(x["method"], x["task"]): (x["scores"], x["kv_reads"], x["tokens_held"]) for x in lines})
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"policies": ["lru"]}, "unknown policy 'lru'"),
+        ({"methods": {"lru": None}}, "unknown policy 'lru'"),
         ({"ratios": []}, "the study's grid is empty"),
+        ({"methods": {"dense": None}}, "dense is measured anyway"),
+        ({"methods": {"dms": None}}, "policy 'dms' needs trained eviction heads"),
+        ({"methods": {"tova": {"reads": [0.5]}}}, "reads is 0.5; it is a share"),
         ({"colour": 1}, "unexpected keyword argument 'colour'"),
         ({"perplexity": {"rows": 0}}, "rows is 0"),
     ],
@@ -84,9 +135,9 @@ def test_a_study_that_does_not_fit_is_one_sentence(
 
 def test_unknown_cells_are_named(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "out", "--study", str(study), "--only", "x"]) == 2
-    assert "unknown cells x; the study has dense, random at 2" in capsys.readouterr().err
+    assert "unknown cells x; the study has dense, dms at 2" in capsys.readouterr().err
 
 
 def test_the_committed_study_compares_every_method_that_has_a_budget_or_an_adapter() -> None:
     study = load_study(ROOT / STUDY)
-    assert set(policy_names()) - set(study.policies) == {"dense", "dmc"}  # no DMC checkpoint is shipped
+    assert set(policy_names()) - {method.policy for method in study.methods} == {"dense", "dmc"}  # none is shipped

@@ -1,15 +1,19 @@
 """measure: running text and retrieval under several settings and dense, in one run and through the real cache.
 
 Each text, and each kind and length of retrieval, is a part: a setting's budget is made for its length, the dense model
-is measured on it first, and both give one row.
+is measured on it first, and both give one row. A Bench keeps the parts and what dense made of them, for settings that
+come later.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv.evals import retrieval
@@ -51,15 +55,15 @@ def measure(
     that the text or the model's context has not, or a way of scoring that would leave a method nothing to do.
     """
     deadline = time.monotonic() + config.seconds
-    bench = _Bench(model, tokenizer, documents, others or {}, config)
+    bench = Bench(model, tokenizer, documents=documents, others=others or {}, config=config)
     by_steps = bench.check(settings)
     rows: list[Row] = []
     for setting in (DENSE, *settings):
         if len(rows) > len(bench.parts) and time.monotonic() > deadline:
             break
-        for part in bench.parts:
-            rows.append(bench.row(part, setting, by_steps=by_steps))
-            on_row(rows[-1])
+        for row in bench.rows(setting, by_steps=by_steps):
+            rows.append(row)
+            on_row(row)
     return rows
 
 
@@ -75,12 +79,32 @@ class _Part:
     dense: list[float] = field(default_factory=list)
     """Each item's score by the dense model."""
 
+    @property
+    def output(self) -> int:
+        """Tokens of the length that come after the prompt, at most."""
+        if self.continuation is not None:
+            return self.continuation.scored
+        assert self.cell is not None
+        return max(self.length - item.answers[0][0] for item in self.cell.items)
 
-class _Bench:
+    @property
+    def ids(self) -> Tensor:
+        """int64 [N, S]: all that is read."""
+        if self.continuation is not None:
+            return self.continuation.rows
+        assert self.cell is not None
+        return torch.from_numpy(np.stack([item.ids for item in self.cell.items]).astype(np.int64))
+
+
+class Bench:
+    """What is measured, by `measure`'s arguments; `rows` of DENSE come before those of any setting, and each setting's
+    while the model is attached by it."""
+
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        *,
         documents: Sequence[str],
         others: Mapping[str, Sequence[str]],
         config: MeasurementConfig,
@@ -111,17 +135,26 @@ class _Bench:
             if part.length > context:
                 raise ValueError(f"{part.length} tokens exceed the model's context of {context}; measure shorter texts")
             for setting in settings:
-                with setting.governing(self.model, tokens=part.length) as policy:
+                with self._governing(setting, part) as policy:
                     forced += [setting.policy] if needs_steps(policy) else []
         if forced and self.config.by == "prefill":
             raise ValueError(f"policy {forced[0]!r} does nothing within a prefill; use --by steps")
         return bool(forced) or self.config.by == "steps"
 
-    def row(self, part: _Part, setting: Setting, *, by_steps: bool) -> Row:
-        with setting.governing(self.model, tokens=part.length) as policy, self._dialled(part, setting, policy):
-            usage, scored = self._measure(part, dense=setting is DENSE, by_steps=by_steps)
-        about: dict[str, Any] = {"task": part.task, "length": part.length, "text": part.text}
-        return make_row(setting, usage, budget=budget_of(policy), seed=self.config.seed, **about, **scored)
+    def rows(self, setting: Setting, *, by_steps: bool = True, text_only: bool = False) -> Iterator[Row]:
+        """Of each part, or of running text alone."""
+        for part in self.parts:
+            if part.continuation is None and text_only:
+                continue
+            with self._governing(setting, part) as policy, self._dialled(part, setting, policy):
+                usage, scored = self._measure(part, dense=setting == DENSE, by_steps=by_steps)
+                budget = budget_of(policy)
+            about: dict[str, Any] = {"task": part.task, "length": part.length, "text": part.text}
+            yield make_row(setting, usage, budget=budget, seed=self.config.seed, **about, **scored)
+
+    def _governing(self, setting: Setting, part: _Part) -> AbstractContextManager[Policy]:
+        output = part.output if self.config.equal_peak else 0
+        return setting.governing(self.model, tokens=part.length, output=output)
 
     def _measure(self, part: _Part, *, dense: bool, by_steps: bool) -> tuple[Usage, dict[str, Any]]:
         """(usage, Row's scores and by_depth) as the model is governed now."""
@@ -140,19 +173,20 @@ class _Bench:
 
     def _dialled(self, part: _Part, setting: Setting, policy: Policy) -> AbstractContextManager[None]:
         """Where each text is to have the ratio asked for, the offset at which it has."""
-        text, ratio = part.continuation, setting.cr
-        if not self.config.same_ratio or text is None or ratio is None or not isinstance(policy, DMSPolicy):
+        ratio = setting.cr
+        if not self.config.same_ratio or ratio is None or not isinstance(policy, DMSPolicy):
             return nullcontext()
-        (dial,) = calibrate(self.model, text.rows, targets=[ratio], batch=self.config.batch)
+        (dial,) = calibrate(self.model, part.ids, targets=[ratio], batch=self.config.batch)
         return contexts.dialled(policy, dial.offset)
 
     def _text(self, name: str, corpus: Corpus, length: int) -> _Part:
         config = self.config
         count = max(1, config.rows * config.length // length)
         rows = corpus.rows(min(count, config.rows), length).to(next(self.model.parameters()).device)
+        scored = length - length // 2 if config.scored is None else config.scored
         return _Part(
             task="perplexity",
             length=length,
             text=name,
-            continuation=Continuation(self.split, rows, batch=config.batch),
+            continuation=Continuation(self.split, rows, scored=scored, batch=config.batch),
         )

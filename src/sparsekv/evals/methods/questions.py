@@ -3,12 +3,14 @@ the answer is given step by step, forced or generated. An item's score is the sh
 
 forced      an answer is right iff each of its tokens is the most likely one, those before it given
 generated   the most likely tokens are followed; an answer is right iff it occurs in them (RULER's rule)
-"""
 
-from collections import defaultdict
+Prompts of a batch are padded on the left to end together, which changes no score. An item whose answer is over is read
+on, to the end of the longest.
+"""
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsekv.evals.items import Item
@@ -25,20 +27,35 @@ def answer(
     """(usage, score of each item) of a cell, as the model is governed now."""
     usage, scores = Usage(), [0.0] * len(cell.items)
     device = next(split.model.parameters()).device
-    by_start: dict[tuple[int, int], list[int]] = defaultdict(list)  # only equal prompts share steps: batch = alone
-    for i, item in enumerate(cell.items):
-        by_start[item.answers[0][0] - 1, item.answers[-1][1]].append(i)
-    for (start, end), chosen in by_start.items():
-        for i in range(0, len(chosen), batch):
-            part = chosen[i : i + batch]
-            ids = torch.from_numpy(np.stack([cell.items[j].ids[:end] for j in part]).astype(np.int64)).to(device)
-            with usage.timed():
-                walked = walk(split, ids, start=start, greedy=answers == "generated")
-            usage.add(walked.stats, sequences=len(part), output=walked.tokens.numel(), size=walked.stats.bytes)
-            for row, j in enumerate(part):
-                judge = _judge_generated if answers == "generated" else _judge_forced
-                scores[j] = judge(split, walked, row, cell.items[j], tokenizer)
+    order = sorted(range(len(cell.items)), key=lambda i: answer_tokens(cell.items[i]))
+    for i in range(0, len(order), batch):
+        part = [cell.items[j] for j in order[i : i + batch]]
+        ids, pads, start = _aligned(part)
+        with usage.timed():
+            walked = walk(split, ids.to(device), start=start, pads=pads.to(device), greedy=answers == "generated")
+        usage.add(walked.stats, sequences=len(part), output=walked.tokens.numel(), size=walked.stats.bytes)
+        for row, j in enumerate(order[i : i + batch]):
+            judge = _judge_generated if answers == "generated" else _judge_forced
+            scores[j] = judge(split, walked, row, cell.items[j], tokenizer)
     return usage, scores
+
+
+def answer_tokens(item: Item) -> int:
+    """Tokens from the first answer's first to the last one's last."""
+    return item.answers[-1][1] - item.answers[0][0]
+
+
+def _aligned(items: list[Item]) -> tuple[Tensor, Tensor, int]:
+    """(ids int64 [B, S], tokens of padding that each begins with int64 [B], the column of each prompt's last token);
+    padding, on the right too, is token 0."""
+    firsts = [item.answers[0][0] for item in items]
+    width, new = max(firsts), max(answer_tokens(item) for item in items)
+    ids = np.zeros((len(items), width + new), dtype=np.int64)
+    for row, item, first in zip(ids, items, firsts, strict=True):
+        told = item.ids[: first + new]
+        row[width - first : width - first + len(told)] = told
+    pads = torch.tensor([width - first for first in firsts])
+    return torch.from_numpy(ids), pads, width - 1
 
 
 def summarise(
@@ -69,6 +86,6 @@ def _judge_forced(split: SplitModel, walked: Walk, row: int, item: Item, tokeniz
 def _judge_generated(
     split: SplitModel, walked: Walk, row: int, item: Item, tokenizer: PreTrainedTokenizerBase
 ) -> float:
-    text = str(tokenizer.decode(walked.tokens[row])).lower()
+    text = str(tokenizer.decode(walked.tokens[row, : answer_tokens(item)])).lower()
     right = [str(tokenizer.decode(item.ids[a:b])).strip().lower() in text for a, b in item.answers]
     return sum(right) / len(right)

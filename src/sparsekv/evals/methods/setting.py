@@ -4,8 +4,9 @@ Where a policy has a budget, a ratio `cr` makes it out of a length: budget = (pr
 are dialled to the ratio instead, by the table of their adapter.
 """
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from sparsekv.modeling.adapter import read_adapter
 from sparsekv.modeling.attach import attach, attachment_of
 from sparsekv.policies import Policy, make_policy
 from sparsekv.policies.dms import DMSPolicy
+from sparsekv.policies.quest import DMSQuestPolicy
 from sparsekv.policies.registry import describe
 
 
@@ -28,6 +30,8 @@ class Setting:
     """Trained heads: a folder or a hub id."""
     cr: float | None = None
     budget: int | None = None
+    reads: float | None = None
+    """Instead of a budget beside an adapter: the share of what its heads are to hold that a query reads."""
     options: dict[str, Any] = field(default_factory=dict)
     """Others of the policy's own, such as sinks."""
 
@@ -49,17 +53,27 @@ class Setting:
                 f"policy {self.policy!r} has no budget that --cr could set; leave out --cr, name a --policy with a "
                 "budget (see `sparsekv policies`), or pass --adapter"
             )
-        if about.budget and self.budget is None and (self.cr is None or self.adapter is not None):
+        if self.reads is not None:
+            if not (about.budget and self.adapter is not None and self.budget is None and 0 < self.reads <= 1):
+                raise ValueError(
+                    f"reads is {self.reads:g}; it is a share above 0 and up to 1, for trained heads of which a policy "
+                    "with a budget reads a part, and takes that budget's place"
+                )
+        elif about.budget and self.budget is None and (self.cr is None or self.adapter is not None):
             rule = "" if self.adapter is not None else " or --cr R"
             raise ValueError(f"policy {self.policy!r} needs a budget: pass --budget N{rule}")
         if not about.needs_training:
             self._policy(tokens=2**30)
 
-    def arguments(self, *, tokens: int) -> dict[str, Any]:
-        """For sparsekv.attach and LLM. tokens: of prompt and output together."""
+    def arguments(self, *, tokens: int, output: int = 0) -> dict[str, Any]:
+        """For sparsekv.attach and LLM. tokens: of prompt and output together; output: tokens of these for which a
+        budget that is for the prompt alone leaves room."""
         given: dict[str, Any] = {"policy": self.policy, "adapter": self.adapter, "cr": self.cr, "budget": self.budget}
+        if self.reads is not None:
+            given["budget"] = self._to_read(tokens)
         if self.cr is not None and self.adapter is None:
-            given["tokens"] = tokens
+            room = int(self.cr * output) if describe(self.policy).budgets_prompt else 0
+            given["tokens"] = tokens - room
         return {name: value for name, value in given.items() if value is not None} | self.options
 
     def attach(self, model: PreTrainedModel) -> None:
@@ -70,9 +84,10 @@ class Setting:
             attach(model, **self.arguments(tokens=0))
 
     @contextmanager
-    def governing(self, model: PreTrainedModel, *, tokens: int) -> Iterator[Policy]:
-        """Within, a model is governed as this says for sequences of `tokens` tokens, prompt and output together. It was
-        attached by `attach` of this or a setting with the same adapter; dense is what it was before that.
+    def governing(self, model: PreTrainedModel, *, tokens: int, output: int = 0) -> Iterator[Policy]:
+        """Within, a model is governed as this says for sequences of `tokens` tokens, prompt and output together (and
+        output as in `arguments`). It was attached by `attach` of this or a setting with the same policy and adapter;
+        dense is what it was before that.
 
         Raises ValueError for a budget that the policy or the model cannot have.
         """
@@ -81,18 +96,28 @@ class Setting:
                 yield attachment_of(model).policy
             return
         if self.adapter is None:
-            policy = self._policy(tokens=tokens)
+            policy = self._policy(tokens=tokens, output=output)
             with contexts.governed(model, policy):
                 yield policy
             return
         policy = attachment_of(model).policy
         assert isinstance(policy, DMSPolicy)
         offset = 0.0 if self.cr is None else read_adapter(self.adapter)[0].offset_for(self.cr)
-        with contexts.dialled(policy, offset):
+        with contexts.dialled(policy, offset), self._reading(policy, tokens):
             yield policy
 
-    def _policy(self, *, tokens: int) -> Policy:
-        options = self.arguments(tokens=tokens)
+    def _reading(self, policy: Policy, tokens: int) -> AbstractContextManager[None]:
+        if self.reads is None:
+            return nullcontext()
+        assert isinstance(policy, DMSQuestPolicy)
+        return contexts.reading(policy, self._to_read(tokens))
+
+    def _to_read(self, tokens: int) -> int:
+        assert self.reads is not None
+        return max(1, math.ceil(self.reads * tokens / (self.cr or 1)))
+
+    def _policy(self, *, tokens: int, output: int = 0) -> Policy:
+        options = self.arguments(tokens=tokens, output=output)
         return make_policy(options.pop("policy"), **options)
 
 

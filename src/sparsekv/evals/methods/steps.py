@@ -36,22 +36,34 @@ def needs_steps(policy: Policy) -> bool:
 
 
 @torch.no_grad()
-def walk(split: SplitModel, ids: Tensor, *, start: int, by_steps: bool = True, greedy: bool = False) -> Walk:
-    """ids: int64 [B, S], no padding, S > start + 1. greedy: follow the most likely token instead of the text's."""
+def walk(
+    split: SplitModel,
+    ids: Tensor,
+    *,
+    start: int,
+    pads: Tensor | None = None,
+    by_steps: bool = True,
+    greedy: bool = False,
+) -> Walk:
+    """ids: int64 [B, S], S > start + 1. pads: int64 [B], each at most start: tokens of padding that rows begin with.
+    greedy: follow the most likely token instead of the text's."""
     assert 0 <= start < ids.shape[1] - 1 and (by_steps or not greedy)
-    cache = SparseCache(split.model)
+    cache = SparseCache(split.model, max_tokens=ids.shape[1])
+
+    def prefill(part: Tensor) -> list[Tensor]:
+        return [split.hidden(chunk, cache=cache, pads=pads) for chunk in part.split(CHUNK, dim=1)]
+
     if not by_steps:
         assert not needs_steps(attachment_of(split.model).policy)
-        hidden = torch.cat([split.hidden(part, cache=cache) for part in ids[:, :-1].split(CHUNK, dim=1)], dim=1)
+        hidden = torch.cat(prefill(ids[:, :-1]), dim=1)
         return Walk(hidden=hidden[:, start:], tokens=ids[:, start + 1 :], stats=cache.stats())
     if start:
-        for part in ids[:, :start].split(CHUNK, dim=1):
-            split.hidden(part, cache=cache)
+        prefill(ids[:, :start])
     parts: list[Tensor] = []
     following: list[Tensor] = []
     token = ids[:, start : start + 1]
     for at in range(start + 1, ids.shape[1]):
-        parts.append(split.hidden(token, cache=cache))
+        parts.append(split.hidden(token, cache=cache, pads=pads))
         token = split.logits(parts[-1]).argmax(-1) if greedy else ids[:, at : at + 1]
         following.append(token)
     return Walk(hidden=torch.cat(parts, dim=1), tokens=torch.cat(following, dim=1), stats=cache.stats())

@@ -1,101 +1,96 @@
-"""The cells of a comparison: each measures one thing and gives JSON lines with commit, hardware and seed."""
+"""The cells of a comparison: one method at one ratio, each giving JSON lines with commit, hardware and seed."""
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsekv.engine.llm import LLM
-from sparsekv.engine.outputs import RequestOutput
-from sparsekv.engine.params import SamplingParams
 from sparsekv.evals.corpus import load_documents
-from sparsekv.evals.methods.measure import measure
+from sparsekv.evals.methods.measure import DENSE, Bench
+from sparsekv.evals.methods.rows import Row
 from sparsekv.evals.methods.setting import Setting
-from sparsekv.modeling.attach import attach, detach
+from sparsekv.modeling.attach import detach
 from sparsekv.modeling.load import load_model
 from sparsekv.provenance import environment
-from sparsekv.studies.comparison.study import Speed, Study
+from sparsekv.studies.comparison.speed import timed
+from sparsekv.studies.comparison.study import Method, Study, load_study
 from sparsekv.studies.runner import Line
 
+Cells = dict[str, Callable[[], Sequence[Line]]]
 
-def cells_of(study: Study) -> dict[str, Callable[[], Sequence[Line]]]:
-    """By name: `dense`, `tova at 4`, `speed of tova`."""
-    cells: dict[str, Callable[[], Sequence[Line]]] = {"dense": partial(_quality, study, None, 1.0)}
+
+def quality_cells(file: Path) -> Cells:
+    """Of a study's file, by name: `dense`, `tova at 4`, `dms-quest at 4 reading 0.25`; for any process to make.
+
+    Raises ValueError as load_study does.
+    """
+    study = load_study(file)
+    cells: Cells = {"dense": partial(_dense, file)}
     for ratio in study.ratios:
-        for policy in study.policies:
-            cells[f"{policy} at {ratio:g}"] = partial(_quality, study, policy, ratio)
-    if study.speed is not None:
-        for policy in ["dense", *study.policies]:
-            cells[f"speed of {policy}"] = partial(_speed, study, study.speed, policy)
+        for method in study.methods:
+            first = method.reads[0] if method.reads else None
+            name = f"{method.name} at {ratio:g}"
+            cells[name] = partial(_quality, file, method, ratio, first)
+            for share in method.reads[1:]:
+                cells[f"{name} reading {share:g}"] = partial(_quality, file, method, ratio, share, text_only=True)
     return cells
 
 
-def _quality(study: Study, policy: str | None, ratio: float) -> list[Line]:
-    """Rows of the method; of dense, for its own cell (it is measured each time: the others are compared with it)."""
-    model, tokenizer = _loaded(study.model, torch.float32)
-    config = study.config
-    setting = Setting() if policy is None else study.setting(policy, ratio, tokens=config.length)
-    setting.attach(model)
+def speed_cells(file: Path, *, lock: Path) -> Cells:
+    """`speed of dense`, `speed of tova`, ... lock: as in speed.timed."""
+    study = load_study(file)
+    if study.speed is None:
+        return {}
+    methods: dict[str, Method | None] = {DENSE.policy: None} | {method.name: method for method in study.methods}
+    return {f"speed of {name}": partial(_speed, study, method, lock) for name, method in methods.items()}
+
+
+def _dense(file: Path) -> list[Line]:
+    study, _, rows = _bench(file)
+    return [_line(study, DENSE.policy, row, None) for row in rows]
+
+
+def _quality(file: Path, method: Method, ratio: float, reads: float | None, *, text_only: bool = False) -> list[Line]:
+    study, bench, _ = _bench(file)
+    setting = study.setting(method, ratio=ratio, reads=reads)
+    setting.attach(bench.model)
     try:
-        settings = [] if policy is None else [setting]
-        rows = measure(model, tokenizer, settings, documents=load_documents([study.text])[1], config=config)
+        bench.check([setting])
+        return [_line(study, method.name, row, reads) for row in bench.rows(setting, text_only=text_only)]
     finally:
-        detach(model)
-    about = {"kind": "quality", "model": study.model, **environment(model.device)}
-    return [row.to_dict() | about for row in rows if row.policy == (policy or "dense")]
-
-
-def _speed(study: Study, speed: Speed, policy: str) -> list[Line]:
-    model, tokenizer = _loaded(study.model, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    tokens = speed.prompt + speed.output
-    setting = Setting() if policy == "dense" else study.setting(policy, speed.ratio, tokens=tokens)
-    options: dict[str, Any] = {"max_num_seqs": max(speed.batches), "max_model_len": tokens}
-    attach(model, **setting.arguments(tokens=tokens))
-    try:
-        begun = time.perf_counter()
-        with LLM(model, tokenizer=tokenizer, **options) as llm:
-            start = time.perf_counter() - begun
-            lines = [_timed(llm, study, speed, batch) for batch in speed.batches]
-    finally:
-        detach(model)
-    about = {"kind": "speed", "model": study.model, "policy": policy, "cr": setting.cr, "seed": study.seed}
-    return [line | about | {"start_seconds": start} | environment(model.device) for line in lines]
-
-
-def _timed(llm: LLM, study: Study, speed: Speed, batch: int) -> Line:
-    """The better of two runs after one: whole seconds, and the median time between a sequence's tokens."""
-    generator = torch.Generator().manual_seed(study.seed)
-    ids = torch.randint(0, llm.engine.vocab, (batch, speed.prompt), generator=generator).tolist()
-    params = SamplingParams(max_tokens=speed.output, temperature=0.0, ignore_eos=True, detokenize=False)
-    runs = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        outputs = llm.generate(ids, params, use_tqdm=False)
-        runs.append((time.perf_counter() - begun, outputs))
-    seconds, outputs = min(runs[1:], key=lambda run: run[0])
-    between = [_between_tokens(output, speed.output) for output in outputs]
-    return {
-        "batch": batch,
-        "prompt": speed.prompt,
-        "output": speed.output,
-        "seconds": seconds,
-        "tokens_per_second": batch * speed.output / seconds,
-        "step_ms": 1e3 * statistics.median(between),
-        "tokens_held": sum(output.kv.tokens_held for output in outputs) / batch,
-        "kv_reads": sum(output.kv.kv_reads for output in outputs) / batch,
-    }
-
-
-def _between_tokens(output: RequestOutput, tokens: int) -> float:
-    """Mean seconds from a token to the next."""
-    metrics = output.metrics
-    assert metrics is not None and metrics.first_token_time is not None and metrics.last_token_time is not None
-    return (metrics.last_token_time - metrics.first_token_time) / (tokens - 1)
+        detach(bench.model)
 
 
 @cache
-def _loaded(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    return load_model(name, dtype=dtype)
+def _bench(file: Path) -> tuple[Study, Bench, list[Row]]:
+    """This process's, and dense's rows: others are compared with what dense gives in the same process."""
+    study = load_study(file)
+    model, tokenizer = load_model(study.model)
+    Setting().attach(model)
+    try:
+        documents = load_documents([study.text])[1]
+        bench = Bench(model, tokenizer, documents=documents, others={}, config=study.config)
+        return study, bench, list(bench.rows(DENSE))
+    finally:
+        detach(model)
+
+
+def _line(study: Study, method: str, row: Row, reads: float | None) -> Line:
+    return {"kind": "quality", "model": study.model, "method": method, "reads": reads, **row.to_dict(), **_where()}
+
+
+def _speed(study: Study, method: Method | None, lock: Path) -> list[Line]:
+    speed = study.speed
+    assert speed is not None
+    reads = method.reads[0] if method and method.reads else None
+    setting = DENSE if method is None else study.setting(method, ratio=speed.ratio, reads=reads)
+    about = {"kind": "speed", "model": study.model, "method": method.name if method else DENSE.policy, "reads": reads}
+    about |= {"policy": setting.policy, "cr": setting.cr, "seed": study.seed}
+    return [about | line | _where() for line in timed(study, speed, setting, lock=lock)]
+
+
+@cache
+def _where() -> dict[str, Any]:
+    return environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
