@@ -3,5 +3,15 @@
 from sparsekv.engine.llm import LLM
 from sparsekv.engine.outputs import CompletionOutput, Logprob, RequestKV, RequestOutput, Session
 from sparsekv.engine.params import SamplingParams
+from sparsekv.engine.thinking import ThinkingBudget
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestKV", "RequestOutput", "SamplingParams", "Session"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "RequestKV",
+    "RequestOutput",
+    "SamplingParams",
+    "Session",
+    "ThinkingBudget",
+]

@@ -17,6 +17,7 @@ from sparsekv.engine.config import EngineConfig, check_options
 from sparsekv.engine.outputs import RequestOutput, Session
 from sparsekv.engine.params import SamplingParams
 from sparsekv.engine.progress import Progress
+from sparsekv.engine.schedule.request import StopWhen
 from sparsekv.engine.streams import Streams, Ticket
 from sparsekv.modeling.adapter import AdapterConfig, read_adapter
 from sparsekv.modeling.attach import attach, attachment_of, detach
@@ -103,12 +104,15 @@ class LLM:
         use_tqdm: bool | None = None,
         session: Session | Sequence[Session] | None = None,
         keep: bool = False,
+        stop_when: StopWhen | Sequence[StopWhen] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts: one, or a list of them; outputs come in the same order.
 
         sampling_params: one for all, or one each. use_tqdm: a progress bar with tokens per second; None = for several
         prompts on a terminal. keep: each finished sample gets a `session`; session: continue this one (or one each),
-        with the prompt as what comes next.
+        with the prompt as what comes next. stop_when (one, or one each): called with a request's finished samples
+        whenever one more is, in the engine's thread, and it must not raise; True ends the others at once, with reason
+        "abort" (scaling.early: a vote that is decided).
 
         Raises ValueError where a request can never fit or a prompt or session is not usable; none is run then. After
         Ctrl-C or a step that failed, `partial` holds what there was and the next call is right.
@@ -119,9 +123,10 @@ class LLM:
         many: list[Any] = [prompts] if single else list(prompts)
         params = _one_each("sampling_params", sampling_params or SamplingParams(), len(many))
         sessions = _one_each("session", session, len(many))
+        stops = _one_each("stop_when", stop_when, len(many))
         specs = [
-            self._spec(prompt, each, keep=keep, session=earlier)
-            for prompt, each, earlier in zip(many, params, sessions, strict=True)
+            self._spec(prompt, each, keep=keep, session=earlier) | {"stop_when": stop}
+            for prompt, each, earlier, stop in zip(many, params, sessions, stops, strict=True)
         ]
         ticket, self.partial = Ticket(), []
         try:
@@ -160,14 +165,15 @@ class LLM:
         request_id: str | None = None,
         session: Session | None = None,
         keep: bool = False,
+        stop_when: StopWhen | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yield the request's state whenever it grows, the finished one last. Text never shrinks and holds no half
-        characters. Leaving the iteration cancels the request. Many streams run together.
+        characters. Leaving the iteration cancels the request. Many streams run together. stop_when: as in generate.
 
         Raises ValueError as generate does.
         """
         spec = self._spec(prompt, sampling_params or SamplingParams(), keep=keep, session=session)
-        async for output in self._streams.stream(spec | {"request_id": request_id}):
+        async for output in self._streams.stream(spec | {"request_id": request_id, "stop_when": stop_when}):
             yield output
 
     def abort(self, request_id: str) -> None:

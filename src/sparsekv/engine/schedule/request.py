@@ -4,6 +4,7 @@ A sample's tokens are counted twice: `placed` and `sampled` count what the devic
 the host has read back, at most one step behind.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -14,6 +15,10 @@ from sparsekv.engine.params import SamplingParams
 if TYPE_CHECKING:
     from sparsekv.cache.swap import SwappedRow
     from sparsekv.engine.detokenizer import Detokenizer
+
+
+StopWhen = Callable[[list[CompletionOutput]], bool]
+"""From a request's finished samples, whether the others may stop."""
 
 
 class Status(Enum):
@@ -142,12 +147,17 @@ class Request:
     """Tokens that end a sample."""
     heads: int = 1
     """Layers times KV heads, to average over."""
+    stop_when: StopWhen | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     sequences: list[Sequence] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
         return all(sequence.status is Status.FINISHED for sequence in self.sequences)
+
+    def completed(self) -> list[CompletionOutput]:
+        """The finished samples."""
+        return [self._completion(each) for each in self.sequences if each.status is Status.FINISHED]
 
     def output(self) -> RequestOutput:
         """A snapshot of the samples."""
