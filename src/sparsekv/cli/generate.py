@@ -13,7 +13,7 @@ from sparsekv.cli.models import open_model, setting_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sparsekv.engine.outputs import RequestKV
+    from sparsekv.engine.kv import RequestKV
     from sparsekv.evals.methods.setting import Setting
 
 

@@ -223,21 +223,22 @@ class Engine:
         """Count what the step did for those it did not run too far. Returns the slots of each row, int64 [rows]."""
         held = result.lengths.sum((0, 2), dtype=np.int64)
         assert result.free >= 0, "a step took more pages than the ledger allowed"
-        slots = reads = held.tolist()
-        bounds = [0] * len(slots)
+        slots = held.tolist()
+        running = [s for s in step.decodes if s.status is not Status.FINISHED]
+        for sequence in running:
+            sequence.counters.decode(slots[sequence.row_()])
         if result.reads is not None:
             total = result.reads.sum((1, 3))
             reads, bounds = (total - self._reads).tolist()
             self._reads = total
-        for sequence in step.decodes:
-            if sequence.status is not Status.FINISHED:
+            for sequence in running:
                 row = sequence.row_()
-                sequence.counters.add(1, held=slots[row], read=reads[row], bounds=bounds[row])
+                sequence.counters.choose(reads[row], bounds[row])
         for chunk in step.chunks:
             if chunk.sequence.status is not Status.FINISHED:
-                counters = chunk.sequence.counters
-                whole = self.scheduler.ledger.held_in_prompt(counters.held, chunk.count) if chunk.samples else 0
-                counters.add(chunk.count, held=slots[chunk.sequence.row_()], peak=whole)
+                counters, over = chunk.sequence.counters, bool(chunk.samples)
+                whole = self.scheduler.ledger.held_in_prompt(counters.held, chunk.count) if over else 0
+                counters.read_prompt(chunk.count, held=slots[chunk.sequence.row_()], peak=whole, over=over)
         return held
 
     # Rows

@@ -4,6 +4,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparsekv.engine.kv import KVHistory, RequestKV
+
 
 @dataclass(frozen=True, kw_only=True)
 class Logprob:
@@ -13,42 +15,6 @@ class Logprob:
     rank: int
     """1 = the most probable token."""
     decoded_token: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestKV:
-    """The cache of one sample, or the sum over a request's samples."""
-
-    tokens_seen: int
-    """Tokens that went in."""
-    tokens_held: float
-    """Slots in use at the end, averaged over layers and KV heads."""
-    kv_reads: float
-    """Tokens attended to, averaged over layers and KV heads, summed over decode steps."""
-    bound_reads: float
-    """Pages whose bounds were read to choose what to read, in the same unit: two vectors a page."""
-    peak_tokens: float
-    """The largest tokens_held of each sample, summed."""
-
-    @property
-    def compression_ratio(self) -> float:
-        """tokens_seen / tokens_held, the window counted; 1 for an empty cache."""
-        return self.tokens_seen / self.tokens_held if self.tokens_held else 1.0
-
-    @staticmethod
-    def total(parts: "list[RequestKV]") -> "RequestKV":
-        return RequestKV(
-            tokens_seen=sum(p.tokens_seen for p in parts),
-            tokens_held=sum(p.tokens_held for p in parts),
-            kv_reads=sum(p.kv_reads for p in parts),
-            bound_reads=sum(p.bound_reads for p in parts),
-            peak_tokens=sum(p.peak_tokens for p in parts),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        names = ("tokens_seen", "tokens_held", "compression_ratio", "kv_reads", "bound_reads", "peak_tokens")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +50,8 @@ class CompletionOutput:
     """The stop string or token id that ended it; "kv_memory" where the pool could not hold one token more of it,
     "stop_when" where its caller had seen enough of the other samples."""
     kv: RequestKV | None = None
+    kv_history: KVHistory | None = field(default=None, repr=False)
+    """kv at every shorter length; None while running, and of a sample that drew nothing."""
     session: Session | None = None
     """With keep=True: continue from here."""
 

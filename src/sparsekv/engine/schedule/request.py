@@ -4,12 +4,14 @@ A sample's tokens are counted twice: `placed` and `sampled` count what the devic
 the host has read back, at most one step behind.
 """
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from sparsekv.engine.outputs import CompletionOutput, Logprob, RequestKV, RequestMetrics, RequestOutput, Session
+from sparsekv.engine.kv import KVHistory, RequestKV
+from sparsekv.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, Session
 from sparsekv.engine.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -41,17 +43,46 @@ class Counters:
     bounds: int = 0
     held: int = 0
     peak: int = 0
+    started: tuple[int, int] = (0, 0)
+    """seen and peak when the prompt was over."""
+    history: "array[int]" = field(default_factory=lambda: array("q"))
+    """`held` when the prompt was over, then after each decode step."""
+    chosen: "array[int]" = field(default_factory=lambda: array("q"))
+    """What each decode step read, and its bounds, where that is not `held`."""
 
-    def add(self, tokens: int, *, held: int, read: int = 0, bounds: int = 0, peak: int = 0) -> None:
-        """A step placed tokens, left `held` and read `read` slots; peak: held for a while in between."""
+    def read_prompt(self, tokens: int, *, held: int, peak: int = 0, over: bool) -> None:
+        """A chunk left `held`; peak: held for a while in between; over: it was the last."""
         self.seen += tokens
         self.held = held
-        self.reads += read
-        self.bounds += bounds
         self.peak = max(self.peak, held, peak)
+        if over:
+            self.started = self.seen, self.peak
+            self.history.append(held)
+
+    def decode(self, held: int) -> None:
+        """A step placed a token, left `held` and read all of it."""
+        self.seen += 1
+        self.held = held
+        self.reads += held
+        if held > self.peak:
+            self.peak = held
+        self.history.append(held)
+
+    def choose(self, read: int, bounds: int) -> None:
+        """The step just counted read this instead."""
+        self.reads += read - self.held
+        self.bounds += bounds
+        self.chosen.extend((read, bounds))
 
     def copy(self) -> "Counters":
-        return replace(self)
+        return replace(self, history=self.history[:], chosen=self.chosen[:])
+
+    def recorded(self, heads: int) -> KVHistory | None:
+        """The history once nothing is added to it any more."""
+        if not self.history:
+            return None
+        seen, peak = self.started
+        return KVHistory(seen=seen, prompt_peak=peak, held=self.history, chosen=self.chosen, heads=heads)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -187,5 +218,6 @@ class Request:
                 bound_reads=counters.bounds / self.heads,
                 peak_tokens=counters.peak / self.heads,
             ),
+            kv_history=counters.recorded(self.heads) if sequence.status is Status.FINISHED else None,
             session=sequence.session,
         )

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sparsekv.cache.stats import KVStats
-from sparsekv.engine.outputs import RequestKV
+from sparsekv.engine.kv import RequestKV
 from sparsekv.evals.methods.intervals import Estimate
 from sparsekv.evals.methods.setting import Setting
 
