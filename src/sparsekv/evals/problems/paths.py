@@ -9,6 +9,7 @@ Difficulty: how many random walks it takes on average.
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from sparsekv.evals.problems.base import Problem
@@ -29,7 +30,7 @@ class Paths(Procedural):
     def propose(self, rng: random.Random) -> tuple[str, dict[str, Any]]:
         """A graph with a path of all nodes, and further edges at random."""
         hidden = rng.sample(NODES, len(NODES))
-        edges = {_edge(a, b) for a, b in zip(hidden, hidden[1:], strict=False)}
+        edges = {_edge(a, b) for a, b in pairwise(hidden)}
         wanted = rng.randint(*_EDGES)
         while len(edges) < wanted:
             edges.add(_edge(*rng.sample(NODES, 2)))
@@ -64,7 +65,7 @@ class Paths(Procedural):
     def right(self, problem: Problem, answer: str) -> bool:
         """Whether "c b a d e ..." names every node once, and neighbours in a row."""
         walk, edges = answer.split(), set(problem.data["edges"])
-        return sorted(walk) == list(NODES) and all(_edge(a, b) in edges for a, b in zip(walk, walk[1:], strict=False))
+        return sorted(walk) == list(NODES) and all(_edge(a, b) in edges for a, b in pairwise(walk))
 
 
 def _edge(a: str, b: str) -> str:
