@@ -1,0 +1,36 @@
+"""Tasks by name: a family's difficulty ("program-60"), or a benchmark ("math-500"). Each is imported when it is asked
+for."""
+
+import re
+from importlib import import_module
+
+from sparsekv.evals.problems.base import Task
+from sparsekv.evals.problems.procedural import Procedural
+
+_FAMILIES = {
+    "countdown": "countdown.Countdown",
+    "paths": "paths.Paths",
+    "program": "program.Program",
+    "times": "times.Times",
+}
+
+
+def names() -> list[str]:
+    """What `get` takes, N standing for a difficulty."""
+    return [f"{family}-N" for family in _FAMILIES]
+
+
+def get(name: str) -> Task:
+    """A task by its name. Raises ValueError for an unknown one, and a difficulty that the family does not have."""
+    found = re.fullmatch(r"([a-z]+)-([0-9]{1,4})", name)
+    if found and found[1] in _FAMILIES:
+        return procedural(found[1], int(found[2]))
+    raise ValueError(f"there is no task {name!r}; use one of {', '.join(names())}, such as countdown-32")
+
+
+def procedural(family: str, level: int) -> Procedural:
+    """A family at a difficulty, with its written-out chains. Raises ValueError as get does."""
+    if family not in _FAMILIES:
+        raise ValueError(f"there is no family {family!r}; use one of {', '.join(_FAMILIES)}")
+    module, kind = _FAMILIES[family].split(".")
+    return getattr(import_module(f"sparsekv.evals.problems.{module}"), kind)(level=level)
