@@ -35,7 +35,8 @@ class LLM:
     """A model served from one pool of pages.
 
     model: an embedded model's name, a folder, a hub id, or a loaded model (attached already or not), with `tokenizer`
-    where text is wanted. adapter and cr, or policy with its own options, as in sparsekv.attach; dense without either.
+    where text is wanted. adapter with cr (and tokens, the length that cr is meant for), or policy with its own options,
+    as in sparsekv.attach; dense without either.
     The other options are EngineConfig's (kv_memory, max_num_seqs, max_num_batched_tokens, max_model_len, page_size,
     enforce_eager, async_scheduling).
 
@@ -203,11 +204,12 @@ class LLM:
     def offset(self, value: float) -> None:
         self._dms().offset = value
 
-    def set_cr(self, cr: float) -> None:
-        """Turn the dial to a compression ratio of the adapter's table; what is stored stays stored."""
+    def set_cr(self, cr: float, *, tokens: int | None = None) -> None:
+        """Turn the dial to a compression ratio of the adapter's table, for sequences of `tokens` tokens; what is stored
+        stays stored."""
         if self._adapter is None:
             raise ValueError("cr picks a ratio of a trained adapter; make the LLM with adapter=..., or set offset")
-        self.offset = self._adapter.offset_for(cr)
+        self.offset = self._adapter.offset_for(cr, tokens=tokens)
 
     @property
     def max_cr(self) -> float:
@@ -249,7 +251,7 @@ class LLM:
 def _policy_options(policy: str | Policy | None, *, adapter: str | None) -> list[str]:
     """What attach takes beside: nothing for a Policy, which brings its own settings."""
     if adapter is not None:
-        return ["budget", "page_size"] if policy == "dms-quest" else []
+        return ["tokens", "budget", "page_size"] if policy == "dms-quest" else ["tokens"]
     return [*describe(policy).options, "tokens", "neuron"] if isinstance(policy, str) else []
 
 

@@ -1,12 +1,12 @@
 """A setting: which policy governs a model and how much it may hold, by budget or by ratio.
 
 Where a policy has a budget, a ratio `cr` makes it out of a length: budget = (prompt + new tokens) / cr. Trained heads
-are dialled to the ratio instead, by the table of their adapter.
+are dialled to the ratio at that length instead, by the table of their adapter.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ class Setting:
     def arguments(self, *, tokens: int) -> dict[str, Any]:
         """For sparsekv.attach and LLM. tokens: of prompt and output together."""
         given: dict[str, Any] = {"policy": self.policy, "adapter": self.adapter, "cr": self.cr, "budget": self.budget}
-        if self.cr is not None and self.adapter is None:
+        if self.cr is not None:
             given["tokens"] = tokens
         return {name: value for name, value in given.items() if value is not None} | self.options
 
@@ -67,7 +67,7 @@ class Setting:
         if self.adapter is None:
             attach(model, policy="dense")
         else:
-            attach(model, **self.arguments(tokens=0))
+            attach(model, **replace(self, cr=None).arguments(tokens=0))
 
     @contextmanager
     def governing(self, model: PreTrainedModel, *, tokens: int) -> Iterator[Policy]:
@@ -87,7 +87,7 @@ class Setting:
             return
         policy = attachment_of(model).policy
         assert isinstance(policy, DMSPolicy)
-        offset = 0.0 if self.cr is None else read_adapter(self.adapter)[0].offset_for(self.cr)
+        offset = 0.0 if self.cr is None else read_adapter(self.adapter)[0].offset_for(self.cr, tokens=tokens)
         with contexts.dialled(policy, offset):
             yield policy
 
