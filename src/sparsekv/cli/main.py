@@ -29,6 +29,7 @@ _COMMANDS = {
         "sparsekv.cli.convert",
         "A checkpoint of other DMS code into an adapter; a LoRA merged into a plain model.",
     ),
+    "scale": ("sparsekv.cli.scale", "Many chains of many lengths at many ratios: what is right at equal cost."),
     "plan": ("sparsekv.cli.plan", "What a decode step will cost on a GPU: latency, memory, energy, price."),
     "bench": ("sparsekv.cli.bench", "Speed, side by side with plain Transformers."),
 }

@@ -11,6 +11,7 @@ _FAMILIES = {
     "countdown": "countdown.Countdown",
     "paths": "paths.Paths",
     "program": "program.Program",
+    "sums": "sums.Sums",
     "times": "times.Times",
 }
 
