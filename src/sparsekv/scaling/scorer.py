@@ -67,7 +67,7 @@ class Scorer:
         return value
 
     def _post(self, body: bytes) -> Any:
-        headers = {"Content-Type": "application/json"}
+        headers, reason = {"Content-Type": "application/json"}, ""
         for attempt in range(self.tries):
             if attempt:
                 time.sleep(self.pause * 2 ** (attempt - 1))

@@ -1,1 +1,1 @@
-"""Inference-time hyper-scaling: what W chains of L tokens at a compression ratio are right about, and what they cost."""
+"""Inference-time hyper-scaling: what W chains of L tokens at a compression ratio get right, and what they cost."""

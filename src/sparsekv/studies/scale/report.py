@@ -74,8 +74,9 @@ def _origin(study: Study, made: Sequence[Table]) -> str:
     return (
         f"{listed('model')}: {count} {study.split} problems a task, {study.width} chains of each of at most "
         f"{study.most_tokens} tokens, temperature {study.temperature:g}, seeds {', '.join(map(str, study.seeds))}; "
-        f"{listed('hardware')}, torch {listed('torch')}, commit {listed('commit')}, pool {study.kv_memory or 'automatic'}, "
-        f"{study.rows} rows. One draw serves every W (subsets of its chains) and every L (a longer chain has no answer)."
+        f"{listed('hardware')}, torch {listed('torch')}, commit {listed('commit')}, pool "
+        f"{study.kv_memory or 'automatic'}, {study.rows} rows. One draw serves every W (subsets of its chains) and "
+        "every L (a longer chain has no answer)."
     )
 
 
