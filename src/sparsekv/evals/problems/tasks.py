@@ -12,6 +12,7 @@ _FAMILIES = {
     "countdown": "countdown.Countdown",
     "paths": "paths.Paths",
     "program": "program.Program",
+    "sums": "sums.Sums",
     "times": "times.Times",
 }
 _MATHEMATICS = ("aime24", "aime25", "gsm8k", "math-500")
