@@ -135,3 +135,21 @@ def test_mistakes(study: Path, tmp_path: Path, change: str, capsys: pytest.Captu
 def test_data_must_be_there(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["sft", str(study), str(tmp_path / "none"), str(tmp_path / "model")]) == 2
     assert "holds no data" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_model_can_be_retrofitted(study: Path, tmp_path: Path):
+    """The heads of configs/reasoning-heads.yaml, in small, on the chains' chats."""
+    from sparsekv.modeling.adapter import read_adapter
+    from sparsekv.retrofit.__main__ import main as retrofit
+
+    data, model = study.parent / "data", tmp_path / "model"
+    assert main(["sft", str(study), str(data), str(model)]) == 0
+    small = {"batch": 2, "length": 512, "steps_per_cr": 1, "hold_steps": 2, "decay_steps": 0, "max_cr": 3, "window": 8}
+    chats = f"data=[{{kind: jsonl, names: [{data / 'chats.jsonl'}], long: drop}}]"
+    changes = [f"{key}={value}" for key, value in small.items()]
+    changes += [f"model={model}", f"output={tmp_path / 'heads'}", chats]
+    changes += ["calibration.targets=[1.5]", "calibration.rows=2", "calibration.length=64"]
+    root = Path(__file__).parents[3]
+    assert retrofit([str(root / "configs/reasoning-heads.yaml"), *changes]) == 0
+    assert read_adapter(str(tmp_path / "heads"))[0].window == 8

@@ -28,15 +28,15 @@ class Countdown(Procedural):
     levels: ClassVar[tuple[int, int]] = (4, 128)
 
     def propose(self, rng: random.Random) -> tuple[str, dict[str, Any]]:
-        """Four numbers of 2 to 25, a target of 11 to 100 that is none of them."""
-        numbers = sorted(rng.randint(2, 25) for _ in range(4))
-        target = rng.choice([x for x in range(11, 101) if x not in numbers])
-        return f"countdown {_listed(numbers)}={target}", {"numbers": numbers, "target": target}
-
-    def fits(self, data: dict[str, Any]) -> bool:
-        """By the share of pairs that give the target, exactly."""
-        share = _density(tuple(data["numbers"]), data["target"])
-        return share > 0 and within(self.level, 1 / share)
+        """Four numbers of 2 to 25, a target of 11 to 100 that is none of them and is as hard to find as asked."""
+        while True:
+            numbers = sorted(rng.randint(2, 25) for _ in range(4))
+            found = shares(tuple(numbers))
+            targets = [x for x in range(11, 101) if x in found and within(self.level, 1 / found[x])]
+            targets = [x for x in targets if x not in numbers]
+            if targets:
+                target = rng.choice(targets)
+                return f"countdown {_listed(numbers)}={target}", {"numbers": numbers, "target": target}
 
     def written(self, problem: Problem) -> str:
         """A first step, three to six second steps each with all third steps, and so on anew."""
@@ -107,14 +107,15 @@ def steps(numbers: Numbers) -> list[tuple[str, Numbers]]:
     return list(found.items())
 
 
-def _density(numbers: Numbers, target: int) -> float:
-    """The share of looks at two last numbers that find the target."""
-    shares = []
-    for _, three in steps(numbers):
-        pairs = [two for _, two in steps(three)]
-        if pairs:
-            shares.append(sum(any(v == (target,) for _, v in steps(two)) for two in pairs) / len(pairs))
-    return sum(shares) / len(shares) if shares else 0.0
+def shares(numbers: Numbers) -> dict[int, float]:
+    """By target: the share of looks at two last numbers that find it."""
+    found: dict[int, float] = {}
+    firsts = [pairs for _, three in steps(numbers) if (pairs := [two for _, two in steps(three)])]
+    for pairs in firsts:
+        for two in pairs:
+            for value in {value for _, (value,) in steps(two)}:
+                found[value] = found.get(value, 0.0) + 1 / (len(pairs) * len(firsts))
+    return found
 
 
 def _listed(numbers: Any) -> str:

@@ -1,6 +1,6 @@
-"""Sums in plain words, which any chat model has met. Voted. For trying things out: no chain of thought is needed.
+"""The sum of two numbers, asked in words that any instructed model understands. Voted.
 
-Difficulty: digits of both numbers.
+For trying a study out. Difficulty: digits of each number.
 """
 
 import random
@@ -14,7 +14,7 @@ from sparsekv.evals.problems.procedural import Procedural
 
 @dataclass(frozen=True, kw_only=True)
 class Sums(Procedural):
-    """data: "answer", the sum."""
+    """data: "terms"."""
 
     family: ClassVar[str] = "sums"
     voted: ClassVar[bool] = True
@@ -23,17 +23,18 @@ class Sums(Procedural):
     def propose(self, rng: random.Random) -> tuple[str, dict[str, Any]]:
         """Two numbers of `level` digits."""
         a, b = (rng.randrange(10 ** (self.level - 1), 10**self.level) for _ in range(2))
-        return f"What is {a} + {b}?", {"a": a, "b": b, "answer": str(a + b)}
+        return f"What is {a} + {b}?", {"terms": [a, b]}
 
     def written(self, problem: Problem) -> str:
-        """The sum said."""
-        return f"{problem.data['a']} + {problem.data['b']} = {problem.data['answer']}"
+        """One line."""
+        a, b = problem.data["terms"]
+        return f"{a} + {b} = {a + b}"
 
     def extract(self, text: str) -> str | None:
-        """The last whole number, without leading zeros."""
-        found = re.findall(r"\d+", text.replace(",", ""))
-        return str(int(found[-1][:99])) if found else None
+        """The last whole number."""
+        found = re.findall(r"[0-9]+", text.replace(",", ""))
+        return found[-1] if found else None
 
     def right(self, problem: Problem, answer: str) -> bool:
         """Whether it is the sum."""
-        return answer == problem.data["answer"]
+        return answer == str(sum(problem.data["terms"]))
