@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, and the short ones of the README, from a results file:
+"""The tables of docs/performance.md, and the short one of the README, from a results file:
 python -m sparsekv.bench.report benchmarks/results/h100.jsonl docs/performance.md README.md
 
 With one page, the table of whole forwards on a CPU, which `make bench-cpu` measures:
@@ -78,8 +78,14 @@ def plain(rows: list[Row]) -> str:
 
 
 def brief(rows: list[Row]) -> str:
-    """Steps, and throughput where it was measured, for the README."""
-    targets = against_targets(rows)
+    """For the README: whole workloads end to end, or decode steps alone where those were not measured."""
+    targets, found = against_targets(rows), served(rows)
+    parts = [*(_end_to_end(found) if found else _steps_alone(rows))]
+    parts.append(f"Of {len(targets)} targets {_verdicts(targets)}: [all of them](docs/performance.md).")
+    return "\n\n".join(parts)
+
+
+def _steps_alone(rows: list[Row]) -> Iterable[str]:
     head = (
         "batch x context",
         "ratio 8",
@@ -90,28 +96,49 @@ def brief(rows: list[Row]) -> str:
         "vLLM 0.26.0 FP8*",
     )
     lines = [row for row in _step_lines(rows) if row[0] == "qwen3-8b"]
-    parts = [
+    yield (
         f"One decode step of the Qwen3-8B shape, random weights, {rows[0]['hardware']}, in ms (commit "
-        f"{rows[0]['commit']}):",
-        table(head, [(*line[1:5], line[6], line[8], line[9]) for line in lines]),
+        f"{rows[0]['commit']}):"
+    )
+    yield table(head, [(*line[1:5], line[6], line[8], line[9]) for line in lines])
+    yield (
         "*Constants measured elsewhere on the same kind of GPU, not in this run. Ours end with the logits, and at "
-        "ratio 8 hold an eighth of the keys and values; vLLM holds all.",
-        *_throughput(served(rows)),
-        f"Of {len(targets)} targets {_verdicts(targets)}: [all of them](docs/performance.md).",
-    ]
-    return "\n\n".join(parts)
+        "ratio 8 hold an eighth of the keys and values; vLLM holds all."
+    )
 
 
-def _throughput(found: dict[str, Row]) -> Iterable[str]:
-    """One sentence, where both rows were measured."""
+def _end_to_end(found: dict[str, Row]) -> Iterable[str]:
+    """One line a workload: seconds and tokens per second, beside another engine's."""
+    first = next(iter(found.values()))
+    yield (
+        f"Requests in, tokens out, by the clock on the wall, prompts and sampling included (`sparsekv bench serve`): "
+        f"random weights, {first['hardware']}, commit {first['commit']}."
+    )
+    lines = []
+    for work, r in found.items():
+        theirs = VLLM_SERVE.get(work)
+        if work == "start":
+            what, figures = f"start of an engine, {r['rows']} sequences at once", (f"{r['start_s']:.0f}", "-")
+        else:
+            what, figures = _work(r), (f"{r['seconds']:.1f}", f"{r['tokens_per_s']:,.0f}")
+        lines.append((r["shape"], what, f"{r['ratio']:g}", *figures, f"{theirs:.1f}" if theirs else "-"))
+    yield table(("shape", "work", "ratio", "s", "tokens/s", "vLLM 0.26.0 BF16, s*"), lines)
+    yield "*Constants for the same requests, dense, measured on the same kind of GPU, not in this run."
     if {"long-1", "long-8"} <= found.keys():
         few, many = found["long-1"], found["long-8"]
         yield (
-            f"End to end, prompts of {many['prompt']} tokens and answers of {many['output']} with "
-            f"{many['memory'] >> 30} GiB for keys and values: {many['tokens_per_s']:,.0f} tokens per second at ratio 8 "
-            f"({many['requests']} requests at once), {few['tokens_per_s']:,.0f} dense ({few['requests']} at once), "
-            f"{many['tokens_per_s'] / few['tokens_per_s']:.1f} times as many."
+            f"In the same {many['memory'] >> 30} GiB of keys and values ratio 8 gives "
+            f"{many['tokens_per_s'] / few['tokens_per_s']:.1f} times the tokens per second of dense "
+            f"({many['requests']} requests at once, and {few['requests']})."
         )
+
+
+def _work(r: Row) -> str:
+    """ "512 x (256, 64 to 447), greedy"."""
+    low_high = r["output"] if isinstance(r["output"], list | tuple) else (r["output"],)
+    sizes = f"{r['requests'] * r['samples']} x ({r['prompt']}, {' to '.join(map(str, low_high))})"
+    arriving = f", {r['arrivals']:g} a second" if "arrivals" in r else f", {r['rows']} at once"
+    return f"{sizes}, {r['sampling']}{arriving}"
 
 
 def _serving(found: dict[str, Row]) -> Iterable[str]:
@@ -131,11 +158,10 @@ def _serving(found: dict[str, Row]) -> Iterable[str]:
     lines = []
     for work, r in found.items():
         if work != "start":
-            what = f"{r['requests'] * r['samples']} x ({r['prompt']}, {r['output']})"
             gaps = f"{r['gap_ms_median']:.1f}, {r['gap_ms_p99']:.1f}" if "gap_ms_p99" in r else "-"
             theirs = f"{VLLM_SERVE[work]:.2f}" if work in VLLM_SERVE else "-"
             figures = (f"{r['ratio_held']:.2f}", f"{r['seconds']:.2f}", f"{r['tokens_per_s']:,.0f}")
-            lines.append((work, r["shape"], what, *figures, theirs, gaps))
+            lines.append((work, r["shape"], _work(r), *figures, theirs, gaps))
     head = ("work", "shape", "requests x (in, out)", "ratio held", "s", "tokens/s", "vLLM BF16, s")
     yield table((*head, "ms between tokens, median and p99"), lines)
 

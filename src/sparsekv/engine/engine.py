@@ -205,15 +205,13 @@ class Engine:
                 for child in children:
                     child.placed, child.counters = chunk.sequence.placed, chunk.sequence.counters.copy()
                 self._forks.append((chunk.sequence, children))
-        now = time.time()
-        for i, sequence in enumerate(step.samples):
+        now, touched, logprobs = time.time(), self._touched, result.logprobs
+        for i, (sequence, token) in enumerate(zip(step.samples, result.tokens, strict=True)):
             if sequence.status is not Status.FINISHED:
-                self._touched[sequence.request] = None
-                metrics = sequence.request.metrics
-                metrics.first_token_time = metrics.first_token_time or now
-                metrics.last_token_time = now
-                logprobs = None if result.logprobs is None else result.logprobs[i]
-                append_token(sequence, result.tokens[i], logprobs, self._decode_one)
+                request = sequence.request
+                touched[request] = None
+                request.metrics.spoke(now)
+                append_token(sequence, token, None if logprobs is None else logprobs[i], self._decode_one)
                 if sequence.finish_reason is not None:
                     self._end(sequence, sequence.finish_reason, stop_reason=sequence.stop_reason)
                     self._stop_others(sequence.request)
@@ -221,14 +219,14 @@ class Engine:
 
     def _count(self, step: RunStep, result: StepResult) -> NDArray[np.int64]:
         """Count what the step did for those it did not run too far. Returns the slots of each row, int64 [rows]."""
-        held = result.lengths.sum((0, 2), dtype=np.int64)
+        held = result.lengths.sum(0, dtype=np.int64).sum(1)  # faster than both at once
         assert result.free >= 0, "a step took more pages than the ledger allowed"
         slots = held.tolist()
         running = [s for s in step.decodes if s.status is not Status.FINISHED]
         for sequence in running:
             sequence.counters.decode(slots[sequence.row_()])
         if result.reads is not None:
-            total = result.reads.sum((1, 3))
+            total = result.reads.sum(1).sum(2)
             reads, bounds = (total - self._reads).tolist()
             self._reads = total
             for sequence in running:

@@ -1,6 +1,7 @@
 """What a new token does to a sample: log-probabilities, and whether it ends there."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from sparsekv.engine.outputs import Logprob
 from sparsekv.engine.schedule.request import Sequence
@@ -23,7 +24,7 @@ def append_token(sequence: Sequence, token: int, logprobs: TokenLogprobs | None,
         sequence.finish_reason = "stop"
         sequence.stop_reason = token if token in (params.stop_token_ids or ()) else None
         return
-    if sequence.detokenizer is not None and _may_end(params.stops, decode(token)):
+    if params.stops and sequence.detokenizer is not None and _may_end(params.stops, decode(token)):
         added = sequence.detokenizer.advance()
         if added and count >= params.min_tokens and _stopped_by_text(sequence, len(added)):
             return
@@ -31,10 +32,11 @@ def append_token(sequence: Sequence, token: int, logprobs: TokenLogprobs | None,
         sequence.finish_reason = "length"
 
 
+@lru_cache(2**16)
 def _may_end(stops: tuple[str, ...], text: str | None) -> bool:
     """Whether a stop string may end in a token of this text, so that the sample's text must be read now. What a token
     says depends on its neighbours in its spaces and in broken characters alone."""
-    if text is None or not stops:
+    if text is None:
         return False
     return "\ufffd" in text or any(s[-1] in text or s[-1].isspace() or s[-1] == "\ufffd" for s in stops)
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from sparsekv.engine.kv import KVHistory, RequestKV
@@ -34,13 +35,16 @@ class Session:
     """Which engine it belongs to."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class CompletionOutput:
     """One sample."""
 
     index: int
     text: str
-    token_ids: list[int]
+    known: list[int]
+    """Prompt and output; of a running sample it grows, and `span` is what this snapshot is about."""
+    span: tuple[int, int]
+    """Where in it the output begins and ends."""
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     """Per position, the sampled token's and the most probable tokens' log-probabilities."""
@@ -50,13 +54,22 @@ class CompletionOutput:
     """The stop string or token id that ended it; "kv_memory" where the pool could not hold one token more of it,
     "stop_when" where its caller had seen enough of the other samples."""
     kv: RequestKV | None = None
-    kv_history: KVHistory | None = field(default=None, repr=False)
+    kv_history: KVHistory | None = None
     """kv at every shorter length; None while running, and of a sample that drew nothing."""
     session: Session | None = None
     """With keep=True: continue from here."""
 
+    @cached_property
+    def token_ids(self) -> list[int]:
+        """The output, copied when it is first asked for: a stream makes many snapshots."""
+        return self.known[slice(*self.span)]
+
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    def __repr__(self) -> str:
+        names = ("index", "text", "token_ids", "cumulative_logprob", "logprobs", "finish_reason", "stop_reason", "kv")
+        return f"CompletionOutput({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
 @dataclass(kw_only=True)
@@ -68,6 +81,21 @@ class RequestMetrics:
     first_token_time: float | None = None
     last_token_time: float | None = None
     finished_time: float | None = None
+
+    def copy(self) -> "RequestMetrics":
+        return RequestMetrics(
+            arrival_time=self.arrival_time,
+            first_scheduled_time=self.first_scheduled_time,
+            first_token_time=self.first_token_time,
+            last_token_time=self.last_token_time,
+            finished_time=self.finished_time,
+        )
+
+    def spoke(self, now: float) -> None:
+        """A token has come."""
+        if self.first_token_time is None:
+            self.first_token_time = now
+        self.last_token_time = now
 
     @property
     def time_in_queue(self) -> float | None:

@@ -56,6 +56,8 @@ class SamplingParams:
     """Force the end of the thought after so many tokens; None = let it end by itself."""
     stops: tuple[str, ...] = field(init=False, repr=False, default=())
     """`stop` as a tuple."""
+    longest_stop: int = field(init=False, repr=False, default=1)
+    """Characters of the longest of them, 1 without any."""
 
     def __post_init__(self) -> None:
         check_int("n", self.n, at_least=1)
@@ -87,6 +89,7 @@ class SamplingParams:
         if stops and not self.detokenize:
             raise ValueError("stop strings need the text; leave detokenize at True, or use stop_token_ids")
         object.__setattr__(self, "stops", stops)
+        object.__setattr__(self, "longest_stop", max(map(len, stops), default=1))
         for token, bias in (self.logit_bias or {}).items():
             check_int("a token of logit_bias", token, at_least=0)
             check_number(f"logit_bias[{token}]", bias, low=-math.inf)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sparsekv.engine.device.cache import EngineCache
 from sparsekv.engine.device.products import product, workspace_of
@@ -156,8 +155,9 @@ def _compiled(backend: Any) -> Callable[..., Any]:
 
 
 def _mark(args: Any, kwargs: Any) -> None:
-    """Sizes of tensors [1, T, ...] are dynamic in T."""
-    for x in tree_leaves((args, kwargs)):
+    """Sizes of tensors [1, T, ...] are dynamic in T: of arguments, and of pairs of them (the rotation's)."""
+    given = (*args, *kwargs.values())
+    for x in (*given, *(y for pair in given if type(pair) is tuple for y in pair)):
         if isinstance(x, Tensor) and x.ndim > 1 and x.shape[0] == 1 and not hasattr(x, "_dynamo_dynamic_indices"):
             torch._dynamo.mark_dynamic(x, 1)
 

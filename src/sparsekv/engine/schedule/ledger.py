@@ -44,8 +44,8 @@ class Ledger:
         self._caps = caps
         self._in_prompt = _by_layer(caps.in_prompt)
         self._held = _by_layer(caps.held(0, caps.max_tokens))
-        self._prompts = np.zeros(rows, dtype=np.int64)
-        self._decodes = np.zeros(rows, dtype=np.int64)
+        self._prompts = np.zeros(rows, dtype=np.int32)
+        self._decodes = np.zeros(rows, dtype=np.int32)
         self._in_flight: deque[tuple[list[int], dict[int, int]]] = deque()
 
     def issue(self, decodes: list[int], chunks: dict[int, int]) -> None:
@@ -74,6 +74,13 @@ class Ledger:
         rows = (self._prompts + self._decodes).nonzero()[0]
         return self.free - int((self._pages(self._bound(rows)) - self._pages(self.lengths[:, rows])).sum())
 
+    def surely_fits(self, rows: int) -> bool:
+        """Whether a decode step of so many rows fits even where it, and all in flight, take a page a head. Cheap; not
+        so, nothing is known."""
+        prompts = int(self._prompts.sum())
+        steps = rows + int(self._decodes.sum())
+        return self.free >= self.heads * (steps + prompts)
+
     def growth(self, rows: list[int], decodes: int) -> int:
         """The pages that `rows` take at most in so many more decode steps."""
         before, after = self._bound(rows), self._bound(rows, decodes=decodes)
@@ -97,7 +104,7 @@ class Ledger:
     def growth_from(self, lengths: Lengths, decodes: int) -> int:
         """As growth, for a row that is not in the pool: lengths int32 [layers, kv_heads]."""
         now = lengths[:, None]
-        return int((self._pages(_grown(now, decodes, self._held)) - self._pages(now)).sum())
+        return int((self._pages(_grown(now, np.int32(decodes), self._held)) - self._pages(now)).sum())
 
     def estimate(self, prompt: int, tokens: int, ratio: float) -> int:
         """The pages of a sequence of `tokens` tokens, `prompt` of them the prompt, at a compression ratio."""
@@ -116,22 +123,25 @@ class Ledger:
         return held + tokens * self._kv_heads * sum(self._caps.prunes)
 
     def _estimate(self, tokens: int, ratio: float | NDArray[np.float64], caps: Sequence[int]) -> int:
-        held = np.minimum(np.ceil(tokens / ratio).astype(np.int64), np.asarray(caps))
+        held = np.minimum(np.ceil(tokens / ratio), caps).astype(np.int32)
         return int(self._pages(held).sum()) * self._kv_heads
 
-    def _bound(self, rows: list[int] | NDArray[np.int64], *, prompt: int = 0, decodes: int = 0) -> NDArray[np.int64]:
-        """What heads hold at most after what is in flight and so many tokens more: int64 [layers, rows, kv_heads]."""
-        prompts, steps = ((x[rows] + more)[:, None] for x, more in ((self._prompts, prompt), (self._decodes, decodes)))
-        read = _grown(self.lengths[:, rows], prompts, self._in_prompt)
-        return _grown(read, steps, self._held)
+    def _bound(self, rows: list[int] | NDArray[np.int64], *, prompt: int = 0, decodes: int = 0) -> Lengths:
+        """What heads hold at most after what is in flight and so many tokens more: int32 [layers, rows, kv_heads]."""
+        prompts, steps = (x[rows] + np.int32(more) for x, more in ((self._prompts, prompt), (self._decodes, decodes)))
+        found = self.lengths[:, rows]
+        for tokens, caps in ((prompts, self._in_prompt), (steps, self._held)):
+            if tokens.any():
+                found = _grown(found, tokens[:, None], caps)
+        return found
 
-    def _pages(self, lengths: NDArray[np.int64] | Lengths) -> NDArray[np.int64]:
-        return -(-lengths.astype(np.int64) // self.page_size)
+    def _pages(self, lengths: Lengths) -> Lengths:
+        return -(-lengths // np.int32(self.page_size))
 
 
-def _by_layer(caps: Sequence[int]) -> NDArray[np.int64]:
-    return np.asarray(caps, dtype=np.int64)[:, None, None]
+def _by_layer(caps: Sequence[int]) -> Lengths:
+    return np.asarray(caps, dtype=np.int32)[:, None, None]
 
 
-def _grown(lengths: NDArray, tokens: NDArray[np.int64] | int, caps: NDArray[np.int64]) -> NDArray[np.int64]:
+def _grown(lengths: Lengths, tokens: Lengths | np.int32, caps: Lengths) -> Lengths:
     return np.maximum(lengths, np.minimum(lengths + tokens, caps))

@@ -131,14 +131,14 @@ class Sequence:
         return self.total - self.placed
 
     @property
-    def exhausted(self) -> bool:
-        """Whether it has sampled all it may."""
-        return self.sampled >= self.request.most_new
-
-    @property
     def decoding(self) -> bool:
         """Whether the last token sampled is all that is left to place."""
         return self.sampled > 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether it decodes, and may sample more."""
+        return 0 < self.sampled < self.request.most_new
 
     def finish(self, reason: str, *, stop_reason: int | str | None = None) -> None:
         self.finish_reason, self.stop_reason, self.status = reason, stop_reason, Status.FINISHED
@@ -156,7 +156,7 @@ class Sequence:
         silent = 1 if self.finish_reason == "stop" else 0  # the token that ended it is no text
         self.detokenizer.advance(end=len(self.tokens) - silent, final=finished)
         text = self.detokenizer.text
-        longest = max(map(len, self.request.params.stops), default=1)
+        longest = self.request.params.longest_stop
         return text if finished or longest == 1 else text[: max(len(text) - longest + 1, 0)]
 
 
@@ -198,7 +198,7 @@ class Request:
             prompt_token_ids=self.prompt,
             outputs=[self._completion(sequence) for sequence in self.sequences],
             finished=self.finished,
-            metrics=replace(self.metrics),
+            metrics=self.metrics.copy(),
         )
 
     def _completion(self, sequence: Sequence) -> CompletionOutput:
@@ -206,7 +206,8 @@ class Request:
         return CompletionOutput(
             index=sequence.index,
             text=sequence.read_text(),
-            token_ids=sequence.output,
+            known=sequence.tokens,
+            span=(len(self.prompt), len(sequence.tokens)),
             cumulative_logprob=sequence.cumulative_logprob if wanted else None,
             logprobs=list(sequence.logprobs) if wanted else None,
             finish_reason=sequence.finish_reason,

@@ -124,10 +124,9 @@ class Scheduler:
 
     def observe_ratio(self, held: NDArray[np.int64]) -> None:
         """Update the expected ratio from what the running sequences hold: slots of each row, over layers and heads."""
-        rows = [s for s in self.running if s.placed > 0]
-        slots = int(held[[s.row_() for s in rows]].sum())
+        slots = int(held[[s.row_() for s in self.running]].sum()) if self.running else 0
         if slots:
-            self.ratio = max(1.0, sum(s.placed for s in rows) * self.ledger.heads / slots)
+            self.ratio = max(1.0, sum([s.placed for s in self.running]) * self.ledger.heads / slots)
             self.best_ratio = max(self.best_ratio, self.ratio)
 
     def pages_needed(self, request: Request) -> int:
@@ -141,7 +140,9 @@ class Scheduler:
 
     def decide(self, *, in_flight: bool) -> Action:
         """The next action. in_flight: a step is not read back yet; then only a RunStep may follow it."""
-        ready = [s for s in self.running if s.decoding and not s.exhausted]
+        ready = [s for s in self.running if s.ready]
+        if ready and not self._more_to_do(ready) and self.ledger.surely_fits(len(ready)):
+            return RunStep(decodes=ready)
         free = self.ledger.available() - self.ledger.growth([s.row_() for s in ready], 1)
         if free < 0:
             return self._make_room(in_flight)
@@ -155,6 +156,12 @@ class Scheduler:
         if self.running:
             return self._make_room(in_flight)
         return GiveUp(sequence=self.swapped[0]) if self.swapped else Idle()
+
+    def _more_to_do(self, ready: list[Sequence]) -> bool:
+        """Whether anything but decodes may come into the next step, or before it."""
+        if self.swapped or (self.waiting and self.free_rows):
+            return True
+        return len(ready) < len(self.running) and not all(s.decoding for s in self.running)
 
     def forks(self, cost: int) -> int:
         """How many copies of a prefilled row, of `cost` pages each, may start at once."""
