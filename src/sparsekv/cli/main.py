@@ -24,7 +24,10 @@ _COMMANDS = {
     "calibrate": ("sparsekv.cli.calibrate", "Measure an adapter's table of ratios."),
     "eval": ("sparsekv.cli.eval", "Score a model on tasks, with a cache that forgets."),
     "policies": ("sparsekv.cli.policies", "The methods: what they do, need and free."),
-    "inspect": ("sparsekv.cli.inspect", "Which head forgot which token of a text, as JSON or one HTML page."),
+    "inspect": (
+        "sparsekv.cli.inspect",
+        "Which head forgot which token of a text, by any method, as JSON, page and picture.",
+    ),
     "convert": (
         "sparsekv.cli.convert",
         "A checkpoint of other DMS code into an adapter; a LoRA merged into a plain model.",
