@@ -1,5 +1,6 @@
 """The engine on a GPU: graphs change nothing, wait for nothing and lose nothing. Run with -m gpu."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -121,6 +122,33 @@ def test_bfloat16_runs(model: Any) -> None:
     assert all(len(_ids(o)) == 40 for o in outputs)
     assert all(o.kv.compression_ratio > 1.1 for o in outputs if len(o.prompt_token_ids) > 100)
     assert_empty(llm)
+
+
+def test_sliding_windows_beside_full_attention() -> None:
+    """Gemma 3: two kinds of layers, each compiled once."""
+    windows = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 24}
+    shape = SHAPE | {"num_hidden_layers": 4} | windows
+    model = tiny_model("Gemma3", dtype=torch.float32, head_dim=64, **shape)
+    sparsekv.attach(model, policy="dms", window=16)
+    model = random_heads(model).to("cuda")
+    graphed, eager = _llm(model), _llm(model, enforce_eager=True, async_scheduling=False)
+    ours, theirs = graphed.generate(MANY, greedy(30)), eager.generate(MANY, greedy(30))
+    same = [a == b for o, t in zip(ours, theirs, strict=True) for a, b in zip(_ids(o), _ids(t), strict=True)]
+    assert sum(same) >= 0.97 * len(same)
+    assert_empty(graphed)
+
+
+def test_engines_one_after_the_other_leave_memory_flat() -> None:
+    """Each over a model of its own, closed before the next: graphs, compiled code and pools go with it."""
+    left = []
+    for _ in range(10):
+        with _llm(_model(), max_num_seqs=2) as llm:
+            assert len(_ids(llm.generate(MANY[0], greedy(4))[0])) == 4
+        del llm
+        gc.collect()
+        torch.cuda.synchronize()
+        left.append(torch.cuda.memory_allocated())
+    assert left[-1] <= left[2] + 2**20
 
 
 def _ids(output: Any, index: int = 0) -> list[int]:

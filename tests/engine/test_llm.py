@@ -4,12 +4,14 @@ import time
 from typing import Any
 
 import pytest
+import torch
 
 import sparsekv
 import tiny
 from helpers import random_heads, tiny_model
 from serving import alone, assert_empty, attached, engine, greedy, prompts
-from sparsekv import LLM, SamplingParams
+from sparsekv import LLM, SamplingParams, SparseCache
+from sparsekv.engine.schedule import scheduler
 from sparsekv.modeling.adapter import AdapterConfig, base_shape, save_adapter
 
 
@@ -79,6 +81,43 @@ def test_nearly_no_temperature_is_greedy() -> None:
     cold = SamplingParams(max_tokens=8, temperature=1e-38, top_p=0.9)
     outputs = engine(model).generate([a, b], [cold, SamplingParams(max_tokens=8, seed=0)])
     assert outputs[0].outputs[0].token_ids == alone(model, a, 8)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_prompts_are_scored_as_one_forward_scores_them(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks beside decodes, with and without samples; the first token has nothing before it."""
+    monkeypatch.setattr(scheduler, "SCORED", 9)
+    model, many = attached("dms"), prompts(23, 7, 1, 40)
+    llm = engine(model, async_scheduling=ahead)
+    params = [greedy(5, prompt_logprobs=2), greedy(9), greedy(5, prompt_logprobs=0, n=3), greedy(3, prompt_logprobs=4)]
+    outputs = llm.generate(many, params)
+    assert [o.outputs[0].token_ids for o in outputs] == [
+        alone(model, prompt, each.max_tokens or 0) for prompt, each in zip(many, params, strict=True)
+    ]
+    assert outputs[1].prompt_logprobs is None
+    assert outputs[2].prompt_logprobs == [None]
+    for output, count in ((outputs[0], 2), (outputs[3], 4)):
+        ids, found = output.prompt_token_ids, output.prompt_logprobs
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), past_key_values=SparseCache(model)).logits[0]
+        expected = logits.log_softmax(-1)
+        assert found is not None
+        assert found[0] is None
+        assert len(found) == len(ids)
+        for position, entry in enumerate(found[1:], 1):
+            row = expected[position - 1]
+            assert entry is not None
+            assert entry[ids[position]].logprob == pytest.approx(float(row[ids[position]]), abs=1e-9)
+            assert set(row.topk(count).indices.tolist()) <= set(entry)
+            assert entry[ids[position]].rank == int((row > row[ids[position]]).sum()) + 1
+    assert_empty(llm)
+
+
+def test_a_continued_text_is_not_scored() -> None:
+    llm = engine(attached("dms"))
+    (first,) = llm.generate(prompts(5), greedy(2), keep=True)
+    with pytest.raises(ValueError, match="prompt_logprobs needs the whole prompt"):
+        llm.generate(prompts(3), greedy(2, prompt_logprobs=0), session=first.session)
 
 
 def test_times() -> None:

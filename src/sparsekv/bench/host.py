@@ -46,7 +46,9 @@ class StubRunner:
         counts[[c.sequence.row_() for c in step.chunks]] = [c.count for c in step.chunks]
         self.grow(counts)
         tokens = next(self._tokens)[: len(step.samples)]
-        result = StepResult(tokens=tokens, logprobs=None, lengths=self.lengths.copy(), free=self.free, reads=None)
+        result = StepResult(
+            tokens=tokens, logprobs=None, prompt_logprobs=[], lengths=self.lengths.copy(), free=self.free, reads=None
+        )
         return SimpleNamespace(result=lambda: result)
 
     def grow(self, counts: NDArray[np.int32]) -> None:

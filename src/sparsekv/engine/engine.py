@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sparsekv.cache.pages import human_bytes
 from sparsekv.engine.detokenizer import Detokenizer, decoder
 from sparsekv.engine.device.runner import Pending, Runner, StepResult
-from sparsekv.engine.finish import append_token
+from sparsekv.engine.finish import append_token, by_token
 from sparsekv.engine.outputs import Session
 from sparsekv.engine.params import SamplingParams
 from sparsekv.engine.schedule.request import Request, Sequence, Status, StopWhen
@@ -87,6 +87,8 @@ class Engine:
         self._check(prompt, tokens, session)
         self._check_tokens("logit_bias", list(params.logit_bias or ()))
         self._check_tokens("the thinking budget's end marker", list(params.thinking.end if params.thinking else ()))
+        if session is not None and params.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs needs the whole prompt to be read; leave out session, or prompt_logprobs")
         request_id = str(self.arrivals) if request_id is None else request_id
         if request_id in self.requests:
             raise ValueError(f"request id {request_id!r} is in use; choose another")
@@ -205,6 +207,12 @@ class Engine:
                 for child in children:
                     child.placed, child.counters = chunk.sequence.placed, chunk.sequence.counters.copy()
                 self._forks.append((chunk.sequence, children))
+        scores = iter(result.prompt_logprobs)
+        for chunk in step.chunks:
+            request = chunk.sequence.request
+            for token in chunk.sequence.tokens[chunk.start + 1 : chunk.start + 1 + chunk.scored]:
+                count = request.params.prompt_logprobs or 0
+                request.prompt_logprobs.append(by_token(token, next(scores), count, self._decode_one))
         now, touched, logprobs = time.time(), self._touched, result.logprobs
         for i, (sequence, token) in enumerate(zip(step.samples, result.tokens, strict=True)):
             if sequence.status is not Status.FINISHED:

@@ -17,7 +17,7 @@ def append_token(sequence: Sequence, token: int, logprobs: TokenLogprobs | None,
     request, params = sequence.request, sequence.request.params
     sequence.tokens.append(token)
     if params.logprobs is not None and logprobs is not None:
-        sequence.logprobs.append(_logprobs(token, logprobs, params.logprobs, decode))
+        sequence.logprobs.append(by_token(token, logprobs, params.logprobs, decode))
         sequence.cumulative_logprob += logprobs[0]
     count = len(sequence.tokens) - len(request.prompt)
     if token in request.stop_ids and count >= params.min_tokens:
@@ -59,7 +59,8 @@ def _stopped_by_text(sequence: Sequence, added: int) -> bool:
     return True
 
 
-def _logprobs(token: int, logprobs: TokenLogprobs, count: int, decode: Decode) -> dict[int, Logprob]:
+def by_token(token: int, logprobs: TokenLogprobs, count: int, decode: Decode) -> dict[int, Logprob]:
+    """The token's, then those of the `count` most probable."""
     chosen, rank, top, ids = logprobs
 
     def entry(token: int, value: float, rank: int) -> Logprob:

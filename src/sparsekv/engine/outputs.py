@@ -113,6 +113,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """As CompletionOutput.logprobs, of the prompt's tokens as far as they are read; None for the first."""
 
     @property
     def kv(self) -> RequestKV:

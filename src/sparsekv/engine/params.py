@@ -40,6 +40,8 @@ class SamplingParams:
     logprobs: int | None = None
     """Log-probabilities of the sampled token and of this many most probable ones, of the model's own distribution
     (before penalties and temperature); None = none."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but its first, given what stands before it; None = none."""
     max_tokens: int | None = 16
     """Tokens to generate at most; None = up to the model's context."""
     min_tokens: int = 0
@@ -79,8 +81,9 @@ class SamplingParams:
         check_int("min_tokens", self.min_tokens, at_least=0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; lower it")
-        if self.logprobs is not None:
-            check_int("logprobs", self.logprobs, at_least=0)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), at_least=0)
         if self.seed is not None:
             check_int("seed", self.seed, at_least=None)
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

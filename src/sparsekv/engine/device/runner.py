@@ -22,11 +22,14 @@ from sparsekv.engine.device.graphs import DecodeGraphs
 from sparsekv.engine.device.history import TokenHistory
 from sparsekv.engine.device.limits import banned, forced
 from sparsekv.engine.device.regions import CompiledForward
-from sparsekv.engine.device.sampler import SamplingBatch, sample, sampling_batch, upload
+from sparsekv.engine.device.sampler import SamplingBatch, logprobs_of, sample, sampling_batch, upload
 from sparsekv.engine.schedule.ledger import Lengths
 from sparsekv.engine.schedule.request import Sequence
 from sparsekv.engine.schedule.scheduler import Chunk, RunStep
 from sparsekv.ops.layout import Batch
+
+LOGPROBS = ("logprob", "rank", "top", "ids")
+"""What sampler.logprobs_of gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,8 @@ class StepResult:
     tokens: list[int]
     logprobs: list[tuple[float, int, list[float], list[int]]] | None
     """Per sample: the token's log-probability and rank, the most probable ones' and their ids."""
+    prompt_logprobs: list[tuple[float, int, list[float], list[int]]]
+    """The same of the tokens that follow those that chunks score, in order."""
     lengths: Lengths
     """int32 [layers, rows, kv_heads]."""
     free: int
@@ -59,17 +64,17 @@ class Pending:
         if self._event is not None:
             self._event.synchronize()
         t = self._tensors
-        logprobs = None
-        if "logprob" in t:
-            parts = (t[name].tolist() for name in ("logprob", "rank", "top", "ids"))
-            logprobs = list(zip(*parts, strict=True))
         return StepResult(
             tokens=t["tokens"].tolist(),
-            logprobs=logprobs,
+            logprobs=self._logprobs("") if "logprob" in t else None,
+            prompt_logprobs=self._logprobs("prompt ") if "prompt logprob" in t else [],
             lengths=t["lengths"].numpy(),
             free=int(t["free"]),
             reads=t["reads"].numpy() if "reads" in t else None,
         )
+
+    def _logprobs(self, of: str) -> list[tuple[float, int, list[float], list[int]]]:
+        return list(zip(*(self._tensors[of + name].tolist() for name in LOGPROBS), strict=True))
 
 
 class Runner:
@@ -106,15 +111,19 @@ class Runner:
         )
         most = max((s.placed + 1 for s in decodes), default=1)
         logits = self._logits(rows, positions, chunks, most=most)
+        scored = sum(chunk.scored for chunk in chunks)
+        logits, prompts = logits[: len(logits) - scored], logits[len(logits) - scored :]
         tensors = self._sample(logits, samples, chunks, targets) if samples else {"tokens": targets}
+        if scored:
+            tensors |= self._score(prompts, chunks)
         tensors |= {"lengths": self.ragged.lengths, "free": self.ragged.pool.free_count}
         if self.cache.reads is not None:
             tensors["reads"] = self.cache.reads
         return Pending(tensors)
 
     def _logits(self, rows: Tensor, positions: Tensor, chunks: list[Chunk], *, most: int) -> Tensor:
-        """Logits [samples' sources, vocab]: of each decode, and of the last token of each prompt that is complete.
-        most: at least the tokens of any decoding sequence."""
+        """Logits [samples' sources, vocab]: of each decode, and of the last token of each prompt that is complete; then
+        of the tokens that chunks score. most: at least the tokens of any decoding sequence."""
         if self.graphs is None or not len(rows):
             return self._packed(rows, positions, chunks, most=most)
         logits = self.graphs.run(self.last_token[rows], rows, positions)
@@ -154,12 +163,14 @@ class Runner:
         return out.logits[0]
 
     def _chunks(self, chunks: list[Chunk], first: int) -> tuple[Part, Tensor, Tensor, Tensor]:
-        """The part, token ids and positions [T], and where the complete prompts end, `first` tokens further on."""
+        """The part, token ids and positions [T], and where the complete prompts end, then what is scored, `first`
+        tokens further on."""
         counts = [c.count for c in chunks]
         starts = np.cumsum([0, *counts]).tolist()
         ids = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.count]]
         at = [p for c in chunks for p in range(c.start, c.start + c.count)]
         ends = [first + end - 1 for c, end in zip(chunks, starts[1:], strict=True) if c.samples]
+        ends += [first + start + i for c, start in zip(chunks, starts, strict=False) for i in range(c.scored)]
         b, t = len(chunks), len(ids)
         flat = [c.sequence.row_() for c in chunks] + [c.start for c in chunks] + starts + ends + ids + at
         rows, seen, offsets, end, ids, at = upload(flat, torch.int64, self.device).split([b, b, b + 1, len(ends), t, t])
@@ -195,7 +206,14 @@ class Runner:
         self.history.add(rows, tokens)
         if sampled.logprobs is None:
             return {"tokens": sampled.tokens}
-        return {"tokens": sampled.tokens} | dict(zip(("logprob", "rank", "top", "ids"), sampled.logprobs, strict=True))
+        return {"tokens": sampled.tokens} | dict(zip(LOGPROBS, sampled.logprobs, strict=True))
+
+    def _score(self, logits: Tensor, chunks: list[Chunk]) -> dict[str, Tensor]:
+        """Log-probabilities of the prompts' next tokens. logits: of the tokens that chunks score."""
+        known = [c.sequence.tokens[c.start + 1 : c.start + 1 + c.scored] for c in chunks]
+        tokens = upload([token for each in known for token in each], torch.int64, self.device)
+        count = max(c.sequence.request.params.prompt_logprobs or 0 for c in chunks)
+        return {f"prompt {name}": x for name, x in zip(LOGPROBS, logprobs_of(logits, tokens, count), strict=True)}
 
     def _sampling_batch(self, samples: list[Sequence]) -> SamplingBatch:
         if self._batch is None or self._batch[0] != samples or any(s.row is None for s in samples):

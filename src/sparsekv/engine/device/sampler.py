@@ -103,7 +103,7 @@ def sample(
         tokens = draw(logits, noise, temperature=batch.temperature, filters=batch.filters)
     if forced is not None:
         tokens = tokens.index_put((forced[0],), forced[1])
-    return Sampled(tokens=tokens, logprobs=None if batch.logprobs is None else _logprobs(raw, tokens, batch.logprobs))
+    return Sampled(tokens=tokens, logprobs=None if batch.logprobs is None else logprobs_of(raw, tokens, batch.logprobs))
 
 
 def _bias(found: list[tuple[int, int, float]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +112,8 @@ def _bias(found: list[tuple[int, int, float]], device: torch.device) -> tuple[Te
     return sample_, token, upload(values, torch.float32, device)
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def logprobs_of(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits: [S, vocab]; tokens: int64 [S]. As Sampled.logprobs, with the `count` most probable."""
     logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     chosen = logprobs.gather(-1, tokens[:, None])
     rank = (logprobs > chosen).sum(-1) + 1

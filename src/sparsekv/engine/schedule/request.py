@@ -180,11 +180,17 @@ class Request:
     """Layers times KV heads, to average over."""
     stop_when: StopWhen | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     sequences: list[Sequence] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
         return all(sequence.status is Status.FINISHED for sequence in self.sequences)
+
+    @property
+    def scored(self) -> bool:
+        """Whether the prompt's tokens get log-probabilities."""
+        return self.params.prompt_logprobs is not None
 
     def completed(self) -> list[CompletionOutput]:
         """The finished samples."""
@@ -199,6 +205,7 @@ class Request:
             outputs=[self._completion(sequence) for sequence in self.sequences],
             finished=self.finished,
             metrics=self.metrics.copy(),
+            prompt_logprobs=list(self.prompt_logprobs) if self.scored else None,
         )
 
     def _completion(self, sequence: Sequence) -> CompletionOutput:

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from sparsekv.engine.schedule.ledger import Ledger
 from sparsekv.engine.schedule.request import Request, Sequence, Status
 
+SCORED = 128
+"""Tokens of prompts with log-probabilities in a step: each takes a row of logits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
@@ -27,6 +30,12 @@ class Chunk:
     count: int
     samples: list[Sequence]
     """Where the prompt is complete: the samples that start from it, this sequence first. Else empty."""
+
+    @property
+    def scored(self) -> int:
+        """How many of its tokens are asked what they say of the prompt's next."""
+        request = self.sequence.request
+        return min(self.count, len(request.prompt) - 1 - self.start) if request.scored else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,20 +201,23 @@ class Scheduler:
             return []
         rows, budget, chunks = [s.row_() for s in ready], self.max_tokens - len(ready), []
         spare = free + self.ledger.growth(rows, 1) - self.ledger.growth(rows, 2)
-        expected = 0
+        expected, scored = 0, SCORED
         for sequence in [s for s in self.running if not s.decoding]:
-            count = self.ledger.fit(sequence.row_(), min(sequence.remaining, budget), spare) if budget > 0 else 0
+            most = min(sequence.remaining, budget, scored if sequence.request.scored else budget)
+            count = self.ledger.fit(sequence.row_(), most, spare) if most > 0 else 0
             expected += self._expected(sequence, count)
             if count > 0:
                 chunks.append(_chunk(sequence, count))
                 spare -= self.ledger.growth_of_prompt(sequence.row_(), count)
                 budget -= count
+                scored -= chunks[-1].scored
         while self.waiting and budget > 0 and self.free_rows and not self.swapped:
             sequence = self.waiting[0]
             if self.running and self._expected(sequence, 0) + expected + self._reserve() > spare:
                 break
             row = self.free_rows[-1]
-            count = self.ledger.fit(row, min(sequence.remaining, budget), spare)
+            most = min(sequence.remaining, budget, scored if sequence.request.scored else budget)
+            count = self.ledger.fit(row, most, spare) if most > 0 else 0
             if count == 0:
                 break
             self.waiting.pop(0)
@@ -214,6 +226,7 @@ class Scheduler:
             chunks.append(_chunk(sequence, count))
             spare -= self.ledger.growth_of_prompt(row, count)
             budget -= count
+            scored -= chunks[-1].scored
         return chunks
 
     def _expected(self, sequence: Sequence, chunk: int) -> int:
