@@ -7,7 +7,7 @@ quarter, and one that is cut at l tokens pays for those l.
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,6 @@ from sparsekv.provenance import commit, environment
 from sparsekv.scaling.chains import Chain, draw_chains
 from sparsekv.studies.runner import Line
 from sparsekv.studies.scale.cells import Cell
-from sparsekv.studies.scale.draws import Draws
 from sparsekv.studies.scale.engines import Engines, prompt_ids
 from sparsekv.studies.scale.study import Study
 
@@ -44,12 +43,13 @@ def wanted(study: Study, cell: Cell) -> Line:
     }
 
 
-def draw(study: Study, cell: Cell, done: Draws, engines: Engines) -> Iterator[list[Line]]:
-    """Lines for a cell's file, batch by batch, of the problems that it lacks; what it is drawn with comes first.
+def draw(study: Study, cell: Cell, done: tuple[Line | None, Sequence[Line]], engines: Engines) -> Iterator[list[Line]]:
+    """Lines for a cell's file, batch by batch, of the problems that it lacks; what it is drawn with comes first. done:
+    what Draws.read gives.
 
     Raises ValueError for a task without so many problems, or where no engine can be had.
     """
-    header, lines = done.read()
+    header, lines = done
     have = {line["problem"] for line in lines}
     left = [problem for problem in study.problem_lists[cell.task] if problem.name not in have]
     if not left:

@@ -28,7 +28,7 @@ def report(study: Study, out: Path, *, markdown: Path | None = None) -> dict[str
     Raises ValueError where nothing was drawn, or the page lacks its markers.
     """
     if markdown is not None:
-        _check(markdown)
+        check_page(markdown)
     made = tables(study, out)
     if not made:
         raise ValueError(f"{out} holds no draws of this study; run it first")
@@ -45,7 +45,8 @@ def report(study: Study, out: Path, *, markdown: Path | None = None) -> dict[str
     return {"page": str(page), "results": results, "margins": [each.to_dict() for each in compared]}
 
 
-def _check(page: Path) -> None:
+def check_page(page: Path) -> None:
+    """Raises ValueError unless it has its markers."""
     if not page.is_file():
         raise ValueError(f"there is no page {page}; give one with the lines that begin and end the block {BLOCK}")
     replaced(page, "", name=BLOCK)

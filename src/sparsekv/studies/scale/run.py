@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from sparsekv.modeling.adapter import read_adapter
 from sparsekv.studies.runner import Line, Say, to_stderr
 from sparsekv.studies.scale.cells import Cell, chosen
 from sparsekv.studies.scale.draw import draw, wanted
@@ -30,15 +31,13 @@ def run(
 
     Raises ValueError for draws of another study, and as `draw` does.
     """
-    cells = lacking(study, out, only=only)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RESOLVED).write_text(yaml.safe_dump(study.to_dict(), sort_keys=False), encoding="utf-8")
+    cells = prepare(study, out, only=only)
     clock = _Clock(seconds)
     with closing(Engines(study)) as engines:
         for number, cell in enumerate(cells):
             draws = Draws.of(out, cell)
             say(f"== {cell.name} ({number + 1} of {len(cells)})")
-            for lines in draw(study, cell, draws, engines):
+            for lines in draw(study, cell, draws.read(), engines):
                 draws.add(lines)
                 if "problem" in lines[0]:
                     say(f"   {len(lines)} problems, {_right(lines):.0%} of chains right, {clock.lap():.1f} s")
@@ -46,6 +45,17 @@ def run(
                     say(f"The {seconds:g} seconds are over; the same command goes on from here")
                     return False
     return True
+
+
+def prepare(study: Study, out: Path, *, only: Sequence[str] | None) -> list[Cell]:
+    """The cells to draw, with the study saved beside them. Raises ValueError before anything is drawn for draws of
+    another study, tasks without so many problems, and heads that are not there."""
+    cells = lacking(study, out, only=only)
+    check_adapters(cells)
+    assert not cells or study.problem_lists
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RESOLVED).write_text(yaml.safe_dump(study.to_dict(), sort_keys=False), encoding="utf-8")
+    return cells
 
 
 def lacking(study: Study, out: Path, *, only: Sequence[str] | None) -> list[Cell]:
@@ -56,6 +66,15 @@ def lacking(study: Study, out: Path, *, only: Sequence[str] | None) -> list[Cell
         if header is not None:
             check(header, wanted(study, cell), out=out)
     return [cell for cell in chosen(cells, only) if not complete(study, Draws.of(out, cell))]
+
+
+def check_adapters(cells: Sequence[Cell]) -> None:
+    """Raises ValueError for heads that are not there, or do not reach a ratio, before anything is drawn."""
+    for adapter, ratio in dict.fromkeys(
+        (c.method.adapter, c.ratio) for c in cells if c.method.policy.startswith("dms")
+    ):
+        if adapter is not None:
+            read_adapter(adapter)[0].offset_for(ratio)
 
 
 def complete(study: Study, draws: Draws) -> bool:

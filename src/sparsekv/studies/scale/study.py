@@ -11,7 +11,6 @@ from sparsekv.engine.config import EngineConfig
 from sparsekv.engine.params import SamplingParams
 from sparsekv.evals.problems import tasks
 from sparsekv.evals.problems.base import Problem, Task
-from sparsekv.modeling.adapter import read_adapter
 from sparsekv.policies.registry import describe
 from sparsekv.scaling.scorer import Scorer
 from sparsekv.studies.scale.cells import DENSE, Cell, Method
@@ -105,7 +104,7 @@ class Study:
     @cached_property
     def problem_lists(self) -> dict[str, list[Problem]]:
         """By task. Raises ValueError for a task that has not so many."""
-        found = {task.name: task.problems(self.split, self.problems) for task in self.task_list}
+        found = {name: self.task(name).problems(self.split, self.problems) for name in self.tasks}
         for name, problems in found.items():
             if len(problems) < self.problems:
                 raise ValueError(
@@ -158,8 +157,6 @@ class Study:
         )
         for ratio in ratios:
             method.setting(ratio, tokens=2**20)
-            if method.adapter is not None:
-                read_adapter(method.adapter)[0].offset_for(ratio)
         return method
 
 
