@@ -85,6 +85,14 @@ def test_cold_samples_say_what_the_greedy_one_says(loaded, adapter_folder):
     assert cold.texts == greedy.texts * 2
 
 
+def test_a_ratio_is_meant_for_the_length_that_is_said(run, model_folder):
+    common = ("generate", model_folder, "--prompt", PROMPT, "--policy", "tova", "--max-tokens", 6, "--json")
+    record = json.loads(run(*common, "--cr", 4, "--length", 40).out)
+    assert record["kv"]["tokens_held"] == 10
+    outcome = run(*common, "--budget", 10, "--length", 40)
+    assert (outcome.code, "1 or more, that --cr is meant for" in outcome.err) == (2, True)
+
+
 def test_a_ratio_makes_the_budget_out_of_prompt_and_output(run, model_folder):
     outcome = run(
         *("generate", model_folder, "--prompt", PROMPT, "--policy", "tova", "--cr", 4, "--max-tokens", 6, "--json")

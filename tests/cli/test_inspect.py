@@ -7,12 +7,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsekv
 from commands import TEXT
 from helpers import dms_model, tokens
 from sparsekv.cli.inspect import cut, inspect_text, to_record
+from sparsekv.cli.inspect_kinds import by_age, by_kind, kinds_of, sorted_heads
 from sparsekv.cli.inspect_page import Inspected, build_page
 from sparsekv.modeling.trace import inspect
 
@@ -24,7 +26,7 @@ def inspected(model_folder, adapter_folder):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     sparsekv.attach(model, adapter=str(adapter_folder), cr=3)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    return inspect_text(model, tokenizer, WORDS, title="a <b> & c", model_name="tiny", adapter="ours", cr=3)
+    return inspect_text(model, tokenizer, WORDS, title="a <b> & c", model_name="tiny", method="ours", cr=3)
 
 
 class Page(HTMLParser):
@@ -126,7 +128,7 @@ def test_only_governed_layers_are_on_the_map():
     model = dms_model("Gemma3")
     ids = tokens(1, 40)
     trace = inspect(model, ids)
-    page = build_page(Inspected(title="t", model="m", adapter="a", cr=None, pieces=["x"] * 40, layers=[1], trace=trace))
+    page = build_page(Inspected(title="t", model="m", method="a", cr=None, pieces=["x"] * 40, trace=trace))
     assert {label.split(",")[0] for _, label in Page(page).buttons} == {"layer 1"}
 
 
@@ -136,3 +138,54 @@ def test_a_file_that_is_no_text(run, model_folder, adapter_folder, tmp_path):
     outcome = run("inspect", model_folder, "--adapter", adapter_folder, "--file", binary, "--json")
     assert outcome.code == 2
     assert "not a UTF-8 text" in outcome.err
+
+
+def test_kinds_ages_and_sorted_heads_by_hand():
+    pieces = ["a", "b", "c", "d", " Anna", " met", " 3", "men", ",", "\n", "Then", " x"]
+    assert kinds_of(pieces)[4:] == [
+        *(
+            "capitalised word",
+            "word",
+            "number",
+            "inside a word",
+            "punctuation",
+            "line break",
+            "capitalised word",
+            "word",
+        )
+    ]
+    held = torch.zeros(2, 2, len(pieces), dtype=torch.bool)
+    held[:, :, :4] = True
+    held[0, 0] = True
+    shares = {share.name: share for share in by_kind(held, pieces, window=1)}
+    assert (shares["first tokens"].held, shares["first tokens"].tokens) == (1, 4)
+    assert shares["number"].by_layer == [0.5, 0]
+    assert shares["word"].tokens == 1  # the last one is in the window
+    assert sorted_heads(held).tolist() == [[1, 4 / 12], [4 / 12, 4 / 12]]
+    long = torch.ones(1, 1, 100, dtype=torch.bool)
+    assert [(share.name, share.tokens) for share in by_age(long)] == [
+        *(("0 to 15", 16), ("16 to 31", 16), ("32 to 63", 32), ("64 to 99", 36))
+    ]
+
+
+def test_methods_side_by_side(run, model_folder, adapter_folder, tmp_path):
+    text, page, picture = tmp_path / "words.txt", tmp_path / "page.html", tmp_path / "figures.png"
+    text.write_text(WORDS, encoding="utf-8")
+    outcome = run(
+        *("inspect", model_folder, "--file", text, "--adapter", adapter_folder, "--policy", "tova"),
+        *("--cr", 3, "--html", page, "--png", picture, "--json"),
+    )
+    assert outcome.code == 0, outcome.err
+    ours, tova = json.loads(outcome.out)
+    assert (ours["method"], tova["method"]) == (str(adapter_folder), "tova")
+    assert tova["kv"]["tokens_held"] == -(-len(tova["tokens"]) // 3)
+    assert len(Page(page.read_text(encoding="utf-8")).spans) == 2 * len(tova["tokens"])
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    for wrong, message in {
+        (): "there is nothing to see yet: pass --adapter",
+        ("--policy", "dms"): "needs trained eviction heads",
+        ("--policy", "dms", "--policy", "dmc"): "both say what to do with adapters",
+        ("--adapter", adapter_folder, "--budget", 9): "does not take budget",
+    }.items():
+        outcome = run("inspect", model_folder, "--file", text, "--json", *wrong)
+        assert (outcome.code, message in outcome.err) == (2, True), outcome.err

@@ -1,12 +1,14 @@
 """The engine's tokens are plain generate's, whatever shares the batch, however prompts are cut."""
 
+from dataclasses import replace
+
 import pytest
 
 import sparsekv
 from helpers import FAMILIES, random_heads, tiny_model
 from serving import alone, assert_empty, attached, engine, greedy, prompts
 from sparsekv import LLM, SamplingParams
-from sparsekv.modeling.adapter import AdapterConfig, base_shape, save_adapter
+from sparsekv.modeling.adapter import AdapterConfig, base_shape, save_adapter, write_config
 
 LENGTHS = (5, 37, 16, 1, 9, 22)
 
@@ -114,6 +116,12 @@ def test_the_dial_turns_by_ratio_where_an_adapter_says_which_offset_that_is(tmp_
     assert llm.offset == -0.5
     llm.set_cr(1)
     assert llm.offset == float("-inf")
+    write_config(tmp_path / "adapter", replace(config, calibration={"length": 64}, ratios={"256": [3.0, 8.0]}))
+    sparsekv.detach(model)
+    llm = LLM(model, adapter=str(tmp_path / "adapter"), cr=3, tokens=256)
+    assert llm.offset == -2
+    llm.set_cr(8, tokens=256)
+    assert llm.offset == 1
     with pytest.raises(ValueError, match="holds up to 4"):
         llm.set_cr(9)
     with pytest.raises(ValueError, match="make the LLM with adapter"):

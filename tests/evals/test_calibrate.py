@@ -11,6 +11,7 @@ import sparsekv
 import tiny
 from helpers import tiny_model, tokens
 from sparsekv.evals.calibrate import calibrate, offset_for, recalibrate
+from sparsekv.evals.corpus import Corpus, load_documents
 from sparsekv.evals.settings import CalibrationConfig
 from sparsekv.modeling.adapter import AdapterConfig, base_shape, read_adapter, save_adapter
 from sparsekv.modeling.attach import attachment_of
@@ -86,13 +87,21 @@ def test_recalibrate_writes_the_table(configure: Callable[..., RetrofitConfig], 
     folder = tmp_path / "adapter"
     save_adapter(model, folder, AdapterConfig(base_model_name_or_path="m", base_shape=base_shape(model), window=8))
     fresh, tokenizer = load_model(config.model, device="cpu")
-    settings = CalibrationConfig(targets=[2, 3], rows=2, length=128)
+    settings = CalibrationConfig(targets=[2, 3], rows=2, length=128, lengths=[64, 256, 100_000])
     recalibrate(
         fresh, tokenizer, adapter=str(folder), text=config.data[0].names[0], settings=settings, say=lambda line: None
     )
     written = read_adapter(folder)[0]
     assert [ratio for _, ratio in written.offsets] == pytest.approx([2, 3], rel=0.05)
     assert written.calibration == {"text": config.data[0].names[0], "rows": 2, "length": 128, "eviction": "cache"}
+    assert sorted(written.ratios) == ["256", "64"]
+    for length, (_, high) in written.ratios.items():
+        attachment_of(fresh).policy.offset = written.offset_for(high, tokens=int(length))
+        rows = Corpus(load_documents(config.data[0].names)[1], tokenizer).rows(2 if length == "64" else 1, int(length))
+        cache = sparsekv.SparseCache(fresh)
+        with torch.no_grad():
+            fresh(rows, past_key_values=cache)
+        assert cache.stats().compression_ratio == pytest.approx(high, rel=1e-3)
     assert math.isinf(written.offset_for(1))
     with pytest.raises(ValueError, match="there is no adapter folder nowhere"):
         recalibrate(fresh, tokenizer, adapter="nowhere", text="t", settings=settings, say=lambda line: None)

@@ -121,6 +121,16 @@ def test_ratio_one_is_exactly_dense(folder):
     assert cache.stats().compression_ratio == 1
 
 
+def test_cr_is_meant_for_a_length(folder):
+    rewrite(folder, calibration={"length": 100}, ratios={"400": [2, 4, 20]})
+    model = tiny_model()
+    sparsekv.attach(model, adapter=str(folder), cr=4, tokens=400)
+    assert sparsekv.modeling.attach.attachment_of(model).policy.offset == -4
+    sparsekv.detach(model)
+    with pytest.raises(ValueError, match="tokens is the length that cr is meant for; pass cr"):
+        sparsekv.attach(model, adapter=str(folder), tokens=400)
+
+
 def test_cr_sets_the_offset(folder):
     model = tiny_model()
     sparsekv.attach(model, adapter=str(folder), cr=5)
@@ -161,6 +171,7 @@ DAMAGE = {
     "window must be an integer": lambda f: rewrite(f, window="64"),
     "and lag 0, 1 or the window": lambda f: rewrite(f, lag=2),
     "offsets must be a list of": lambda f: rewrite(f, offsets=[[1, 2, 3]]),
+    "ratios must hold, by length in tokens, one ratio for each": lambda f: rewrite(f, ratios={"512": [2.0]}),
     "offsets must ascend": lambda f: rewrite(f, offsets=[[0, 4], [1, 4]]),
     "damaged: it has heads for layers": lambda f: damage_tensors(
         f, lambda s: [s.pop(k) for k in list(s) if ".layers.1." in k]

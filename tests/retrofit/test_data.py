@@ -151,7 +151,7 @@ def test_chats_go_through_the_template_and_stay_whole(tmp_path: Path) -> None:
     (found,) = read(Source(kind="jsonl", names=[name]))
     assert found.training[0].startswith("<|user|>question 0<|end|><|assistant|>")
     assert len(found.training) == 18
-    assert "question 19" in held_out([found])[0]
+    assert "question 19" in held_out([found])[-1]
     rows = blend([found], TOKENIZER, count=4, length=256, seed=0)
     starts = [i for i in range(256) if rows[0]["documents"][i] != rows[0]["documents"][i - 1]]
     assert all(TOKENIZER.decode(rows[0]["input_ids"][i:]).startswith("<|user|>") for i in starts)
@@ -203,7 +203,7 @@ def test_a_dataset_streams_after_its_held_out_documents(tmp_path: Path) -> None:
     lines(tmp_path / "train.jsonl", rows)
     source = Source(kind="huggingface", dataset=str(tmp_path), where="good")
     (found,) = read(source)
-    assert "document 126. " in found.held_out[0]
+    assert [text.split(".")[0] for text in found.held_out] == [f"document {2 * i}" for i in range(64)]
     assert found.training[0].startswith("document 128. ")
     built = blend([found], TOKENIZER, count=3, length=256, seed=0)
     assert TOKENIZER.decode(built[0]["input_ids"]).startswith("document 128. ")
@@ -223,7 +223,8 @@ def test_verified_answers_of_a_dataset_become_chats(tmp_path: Path) -> None:
     (found,) = read(Source(kind="huggingface", dataset=str(tmp_path), **settings))
     assert found.training[0] == "<|user|>what is 64<|end|><|assistant|><think>yes64<|end|>"
     assert found.chats
-    assert "no1" not in found.held_out[0]
+    assert len(found.held_out) == 64
+    assert not any("no1" in text for text in found.held_out)
 
 
 def test_the_models_own_text_is_decided_by_the_seed_and_kept(folder: Path, tmp_path: Path, monkeypatch) -> None:

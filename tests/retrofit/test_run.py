@@ -157,6 +157,7 @@ def test_chats_are_packed_trained_on_and_held_out(configure: Configure, folder: 
     adapter, _ = read_adapter(output)
     assert adapter.calibration["text"] == f"75% {tmp_path / 'chats.jsonl'}, 25% long-range retrieval"
     assert len(adapter.offsets) == 3
+    assert adapter.calibration["length"] < 100  # a chat's, which no other is joined to
 
 
 def test_a_run_that_was_stopped_after_training_goes_on_with_its_heads(configure: Configure, monkeypatch) -> None:

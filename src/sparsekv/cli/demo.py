@@ -122,6 +122,6 @@ def _inspected(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", t
     attach(model, adapter=adapter, cr=PAGE_RATIO)
     text = str(tokenizer.decode(task.context[0], skip_special_tokens=True))
     try:
-        return inspect_text(model, tokenizer, text, title=task.title, model_name=MODEL, adapter=adapter, cr=PAGE_RATIO)
+        return inspect_text(model, tokenizer, text, title=task.title, model_name=MODEL, method=adapter, cr=PAGE_RATIO)
     finally:
         detach(model)

@@ -67,8 +67,9 @@ def command(
     adapter: Annotated[str | None, Option(help="Trained eviction heads: a folder or a hub id.")] = None,
     policy: Annotated[str | None, Option(help="The method; see `sparsekv policies`. Default: dense, or dms.")] = None,
     cr: Annotated[
-        float | None, Option(help="Compression ratio: of the adapter, or budget = (prompt + --max-tokens) / cr.")
+        float | None, Option(help="Compression ratio at --length tokens: of the adapter, or budget = --length / cr.")
     ] = None,
+    length: Annotated[int | None, Option(help="Tokens that --cr is meant for; default: prompt + --max-tokens.")] = None,
     budget: Annotated[int | None, Option(help="Tokens that the policy may hold per head, or Quest read.")] = None,
     option: Annotated[list[str] | None, Option(help="Another of the policy's, such as sinks=8. Repeatable.")] = None,
     n: Annotated[int, Option("--n", "-n", help="Samples; they share the prompt's cache.")] = 1,
@@ -86,9 +87,11 @@ def command(
     """Continue a prompt with a cache that forgets."""
     sampling = Sampling(n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     setting = setting_of(adapter=adapter, policy=policy, cr=cr, budget=budget, options=option, seed=seed)
+    if length is not None and (cr is None or length < 1):
+        raise ValueError(f"length is {length}; it is the number of tokens, 1 or more, that --cr is meant for")
     loaded, tokenizer = open_model(model, dtype=dtype)
     ids = prompt_ids(tokenizer, prompt, chat=chat)
-    result = generate(loaded, tokenizer, ids, setting=setting, sampling=sampling, memory=kv_memory)
+    result = generate(loaded, tokenizer, ids, setting=setting, sampling=sampling, length=length, memory=kv_memory)
     if as_json:
         typer.echo(json.dumps(_record(model, result), ensure_ascii=False))
         return
@@ -122,9 +125,11 @@ def generate(
     *,
     setting: "Setting",
     sampling: Sampling,
+    length: int | None = None,
     memory: str | None = None,
 ) -> Generated:
-    """Continue one prompt n times over one prefill.
+    """Continue one prompt n times over one prefill. length: tokens that the setting's ratio is meant for; None = of the
+    prompt and the longest continuation.
 
     Raises ValueError where the model cannot be governed so, or prompt and generation exceed its context or the pool.
     """
@@ -132,10 +137,10 @@ def generate(
 
     from sparsekv.engine import LLM, SamplingParams
 
-    length = len(ids) + sampling.max_tokens
-    options = setting.arguments(tokens=length)
+    longest = len(ids) + sampling.max_tokens
+    options = setting.arguments(tokens=longest if length is None else length)
     limit = model.config.get_text_config(decoder=True).max_position_embeddings
-    if length > limit:
+    if longest > limit:
         raise ValueError(
             f"the prompt has {len(ids)} tokens and --max-tokens {sampling.max_tokens} would exceed the model's "
             f"context of {limit}; shorten the prompt or generate fewer tokens"

@@ -24,11 +24,15 @@ _COMMANDS = {
     "calibrate": ("sparsekv.cli.calibrate", "Measure an adapter's table of ratios."),
     "eval": ("sparsekv.cli.eval", "Score a model on tasks, with a cache that forgets."),
     "policies": ("sparsekv.cli.policies", "The methods: what they do, need and free."),
-    "inspect": ("sparsekv.cli.inspect", "Which head forgot which token of a text, as JSON or one HTML page."),
+    "inspect": (
+        "sparsekv.cli.inspect",
+        "Which head forgot which token of a text, by any method, as JSON, page and picture.",
+    ),
     "convert": (
         "sparsekv.cli.convert",
         "A checkpoint of other DMS code into an adapter; a LoRA merged into a plain model.",
     ),
+    "scale": ("sparsekv.cli.scale", "Many chains of many lengths at many ratios: what is right at equal cost."),
     "plan": ("sparsekv.cli.plan", "What a decode step will cost on a GPU: latency, memory, energy, price."),
     "bench": ("sparsekv.cli.bench", "Speed, side by side with plain Transformers."),
 }

@@ -23,7 +23,7 @@ from sparsekv.engine.device.runner import Pending, Runner, StepResult
 from sparsekv.engine.finish import append_token, by_token
 from sparsekv.engine.outputs import Session
 from sparsekv.engine.params import SamplingParams
-from sparsekv.engine.schedule.request import Request, Sequence, Status
+from sparsekv.engine.schedule.request import Request, Sequence, Status, StopWhen
 from sparsekv.engine.schedule.scheduler import GiveUp, Idle, RunStep, Scheduler, Settle, SwapIn, SwapOut
 
 
@@ -75,8 +75,10 @@ class Engine:
         keep: bool = False,
         session: Session | None = None,
         request_id: str | None = None,
+        stop_when: StopWhen | None = None,
     ) -> Request:
-        """Queue a request. prompt: token ids, those after the session's where one is continued.
+        """Queue a request. prompt: token ids, those after the session's where one is continued. stop_when: called with
+        the finished samples whenever one more is; True ends the others. It must not raise.
 
         Raises ValueError for an empty prompt, ids outside the vocabulary, a prompt that leaves no room in the context,
         a session of another engine, an id in use, or a request that the pool can never hold, naming the bytes.
@@ -84,6 +86,7 @@ class Engine:
         tokens = [*session.tokens, *prompt] if session is not None else list(prompt)
         self._check(prompt, tokens, session)
         self._check_tokens("logit_bias", list(params.logit_bias or ()))
+        self._check_tokens("the thinking budget's end marker", list(params.thinking.end if params.thinking else ()))
         if session is not None and params.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs needs the whole prompt to be read; leave out session, or prompt_logprobs")
         request_id = str(self.arrivals) if request_id is None else request_id
@@ -101,6 +104,7 @@ class Engine:
             keep=keep,
             stop_ids=frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos),
             heads=self.scheduler.ledger.heads,
+            stop_when=stop_when,
         )
         self._check_memory(request)
         self.arrivals += 1
@@ -218,6 +222,7 @@ class Engine:
                 append_token(sequence, token, None if logprobs is None else logprobs[i], self._decode_one)
                 if sequence.finish_reason is not None:
                     self._end(sequence, sequence.finish_reason, stop_reason=sequence.stop_reason)
+                    self._stop_others(sequence.request)
         self.scheduler.observe_ratio(held)
 
     def _count(self, step: RunStep, result: StepResult) -> NDArray[np.int64]:
@@ -253,6 +258,12 @@ class Engine:
             sequence.request.metrics.finished_time = time.time()
         self._ended.append(sequence)
         self._touched[sequence.request] = None
+
+    def _stop_others(self, request: Request) -> None:
+        """End what still runs where its caller has seen enough."""
+        if request.stop_when is not None and not request.finished and request.stop_when(request.completed()):
+            for sequence in request.sequences:
+                self._end(sequence, "abort", stop_reason="stop_when")
 
     def _fork(self, trunk: Sequence, children: list[Sequence]) -> None:
         """Start the other samples of a request: as copies of its row, or from host memory where there is no room."""

@@ -17,6 +17,7 @@ from sparsekv.engine.config import EngineConfig, check_options
 from sparsekv.engine.outputs import RequestOutput, Session
 from sparsekv.engine.params import SamplingParams
 from sparsekv.engine.progress import Progress
+from sparsekv.engine.schedule.request import StopWhen
 from sparsekv.engine.streams import Streams, Ticket
 from sparsekv.modeling.adapter import AdapterConfig, read_adapter
 from sparsekv.modeling.attach import attach, attachment_of, detach
@@ -34,7 +35,8 @@ class LLM:
     """A model served from one pool of pages.
 
     model: an embedded model's name, a folder, a hub id, or a loaded model (attached already or not), with `tokenizer`
-    where text is wanted. adapter and cr, or policy with its own options, as in sparsekv.attach; dense without either.
+    where text is wanted. adapter with cr (and tokens, the length that cr is meant for), or policy with its own options,
+    as in sparsekv.attach; dense without either.
     The other options are EngineConfig's (kv_memory, max_num_seqs, max_num_batched_tokens, max_model_len, page_size,
     enforce_eager, async_scheduling).
 
@@ -103,12 +105,15 @@ class LLM:
         use_tqdm: bool | None = None,
         session: Session | Sequence[Session] | None = None,
         keep: bool = False,
+        stop_when: StopWhen | Sequence[StopWhen] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts: one, or a list of them; outputs come in the same order.
 
         sampling_params: one for all, or one each. use_tqdm: a progress bar with tokens per second; None = for several
         prompts on a terminal. keep: each finished sample gets a `session`; session: continue this one (or one each),
-        with the prompt as what comes next.
+        with the prompt as what comes next. stop_when (one, or one each): called with a request's finished samples
+        whenever one more is, in the engine's thread, and it must not raise; True ends the others at once, with reason
+        "abort" (scaling.early: a vote that is decided).
 
         Raises ValueError where a request can never fit or a prompt or session is not usable; none is run then. After
         Ctrl-C or a step that failed, `partial` holds what there was and the next call is right.
@@ -119,9 +124,10 @@ class LLM:
         many: list[Any] = [prompts] if single else list(prompts)
         params = _one_each("sampling_params", sampling_params or SamplingParams(), len(many))
         sessions = _one_each("session", session, len(many))
+        stops = _one_each("stop_when", stop_when, len(many))
         specs = [
-            self._spec(prompt, each, keep=keep, session=earlier)
-            for prompt, each, earlier in zip(many, params, sessions, strict=True)
+            self._spec(prompt, each, keep=keep, session=earlier) | {"stop_when": stop}
+            for prompt, each, earlier, stop in zip(many, params, sessions, stops, strict=True)
         ]
         ticket, self.partial = Ticket(), []
         try:
@@ -160,14 +166,15 @@ class LLM:
         request_id: str | None = None,
         session: Session | None = None,
         keep: bool = False,
+        stop_when: StopWhen | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yield the request's state whenever it grows, the finished one last. Text never shrinks and holds no half
-        characters. Leaving the iteration cancels the request. Many streams run together.
+        characters. Leaving the iteration cancels the request. Many streams run together. stop_when: as in generate.
 
         Raises ValueError as generate does.
         """
         spec = self._spec(prompt, sampling_params or SamplingParams(), keep=keep, session=session)
-        async for output in self._streams.stream(spec | {"request_id": request_id}):
+        async for output in self._streams.stream(spec | {"request_id": request_id, "stop_when": stop_when}):
             yield output
 
     def abort(self, request_id: str) -> None:
@@ -197,11 +204,12 @@ class LLM:
     def offset(self, value: float) -> None:
         self._dms().offset = value
 
-    def set_cr(self, cr: float) -> None:
-        """Turn the dial to a compression ratio of the adapter's table; what is stored stays stored."""
+    def set_cr(self, cr: float, *, tokens: int | None = None) -> None:
+        """Turn the dial to a compression ratio of the adapter's table, for sequences of `tokens` tokens; what is stored
+        stays stored."""
         if self._adapter is None:
             raise ValueError("cr picks a ratio of a trained adapter; make the LLM with adapter=..., or set offset")
-        self.offset = self._adapter.offset_for(cr)
+        self.offset = self._adapter.offset_for(cr, tokens=tokens)
 
     @property
     def max_cr(self) -> float:
@@ -243,7 +251,7 @@ class LLM:
 def _policy_options(policy: str | Policy | None, *, adapter: str | None) -> list[str]:
     """What attach takes beside: nothing for a Policy, which brings its own settings."""
     if adapter is not None:
-        return ["budget", "page_size"] if policy == "dms-quest" else []
+        return ["tokens", "budget", "page_size"] if policy == "dms-quest" else ["tokens"]
     return [*describe(policy).options, "tokens", "neuron"] if isinstance(policy, str) else []
 
 

@@ -51,7 +51,8 @@ class CompletionOutput:
     finish_reason: str | None = None
     """None while running; "stop" (end of text, stop string or token), "length" or "abort"."""
     stop_reason: int | str | None = None
-    """The stop string or token id that ended it; "kv_memory" where the pool could not hold one token more of it."""
+    """The stop string or token id that ended it; "kv_memory" where the pool could not hold one token more of it,
+    "stop_when" where its caller had seen enough of the other samples."""
     kv: RequestKV | None = None
     kv_history: KVHistory | None = None
     """kv at every shorter length; None while running, and of a sample that drew nothing."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sparsekv.engine.checks import check_int, check_number
+from sparsekv.engine.thinking import ThinkingBudget
 
 GREEDY_BELOW = 1e-5
 """Temperatures below it are greedy, as in vLLM: the quotient would leave float32."""
@@ -53,6 +54,8 @@ class SamplingParams:
     """Leave special tokens out of the text."""
     detokenize: bool = True
     """Text out; False leaves `text` empty and saves the work."""
+    thinking: ThinkingBudget | None = None
+    """Force the end of the thought after so many tokens; None = let it end by itself."""
     stops: tuple[str, ...] = field(init=False, repr=False, default=())
     """`stop` as a tuple."""
     longest_stop: int = field(init=False, repr=False, default=1)
@@ -97,6 +100,13 @@ class SamplingParams:
             raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}; use a list of token ids")
         for token in self.stop_token_ids or ():
             check_int("stop_token_ids", token, at_least=0)
+        if self.thinking is not None and self.max_tokens is not None:
+            needed = self.thinking.tokens + len(self.thinking.end)
+            if self.max_tokens <= needed:
+                raise ValueError(
+                    f"max_tokens {self.max_tokens} leaves no room for an answer after {needed} tokens of thought and "
+                    "its end marker; raise it or lower the thinking budget"
+                )
 
     @property
     def greedy(self) -> bool:

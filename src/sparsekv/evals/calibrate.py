@@ -112,26 +112,60 @@ def fill_table(
     batch: int,
     say: Callable[[str], None],
 ) -> list[Dial]:
-    """Measure the table of the attached heads and write it, and how it was measured, beside them.
+    """Measure the table of the attached heads, by length, and write it, and how it was measured, beside them; returns
+    its rows at the length that the targets are for.
 
-    On the CPU through the real cache, on a GPU, and for a lag that no cache can serve, by the marks.
+    On the CPU through the real cache, on a GPU, and for a lag that no cache can serve, by the marks. Of
+    documents that are all shorter than the lengths, rows are as long as `rows` of them are.
     """
-    immediate = attachment_of(model).policy.lag > 1
-    eviction = "mask" if immediate or next(model.parameters()).is_cuda else "cache"
-    rows = held_out.rows(settings.rows, settings.length)
+    attachment = attachment_of(model)
+    eviction = "mask" if attachment.policy.lag > 1 or next(model.parameters()).is_cuda else "cache"
+    most = min(held_out.longest, attachment.max_tokens)
+    lengths = sorted(length for length in {settings.length, *settings.lengths} if length <= most)
+    main = max(
+        (length for length in lengths if length <= settings.length), default=held_out.fitting(settings.rows, most)
+    )
+
+    def rows(length: int) -> Tensor:
+        return held_out.rows(min(settings.rows, max(1, settings.rows * main // length)), length)
+
     table = calibrate(
         model,
-        rows,
+        rows(main),
         targets=settings.targets,
         batch=batch,
         eviction=eviction,
-        on_dial=lambda dial: say(f"  offset {dial.offset:+.3f}  ratio {dial.ratio:.3f}"),
+        on_dial=lambda dial: say(f"  offset {dial.offset:+.3f}  ratio {dial.ratio:.3f} at {main} tokens"),
     )
-    measured = {"text": text, "rows": len(rows), "length": settings.length, "eviction": eviction}
+    offsets = [dial.offset for dial in table]
+    ratios: dict[str, list[float]] = {}
+    for length in lengths:
+        if length != main:
+            found = ratios_of(model, rows(length), offsets=offsets, batch=batch, eviction=eviction)
+            say(f"  {length} tokens: " + " ".join(f"{ratio:.2f}" for ratio in found))
+            ratios[str(length)] = found
+    measured = {"text": text, "rows": settings.rows, "length": main, "eviction": eviction}
     config = read_adapter(adapter)[0]
-    offsets = [(dial.offset, dial.ratio) for dial in table]
-    write_config(adapter, replace(config, offsets=offsets, calibration=measured))
+    pairs = [(dial.offset, dial.ratio) for dial in table]
+    write_config(adapter, replace(config, offsets=pairs, ratios=ratios, calibration=measured))
     return table
+
+
+def ratios_of(
+    model: PreTrainedModel, rows: Tensor, *, offsets: Sequence[float], batch: int = 8, eviction: str = "cache"
+) -> list[float]:
+    """The ratio that each offset gives rows, int64 [N, T], of text; the arguments are `calibrate`'s."""
+    policy = attachment_of(model).policy
+    assert isinstance(policy, DMSPolicy)
+    rows = rows.to(next(model.parameters()).device)
+    with contexts.dense(model):
+        split = SplitModel(model)
+    found = []
+    for offset in offsets:
+        with contexts.dialled(policy, offset):
+            readings = [read(split, ids, eviction=eviction) for ids in rows.split(batch)]
+        found.append(sum(reading.seen for reading in readings) / sum(reading.held for reading in readings))
+    return found
 
 
 def _dial(

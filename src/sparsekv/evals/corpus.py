@@ -72,9 +72,21 @@ class Corpus:
         turns = [piece[i] for i in range(deepest) for piece in split_pieces if i < len(piece)]
         return torch.from_numpy(np.stack(turns[:count]).astype(np.int64))
 
+    def fitting(self, count: int, length: int) -> int:
+        """`length`, or where no document has so many, the most tokens that `count` documents (or all) have."""
+        if self.longest >= length:
+            return length
+        return sorted((len(document.ids) for document in self.documents), reverse=True)[:count][-1]
+
     def _too_short(self, length: int) -> ValueError:
         text = f"rows of {length} tokens are asked for and the longest document has {self.longest}; ask for less"
         return ValueError(text)
+
+
+def hay_of(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Corpus:
+    """What retrieval strews its facts into: documents, joined where none has `length` tokens."""
+    corpus = Corpus(documents, tokenizer)
+    return corpus if corpus.longest >= length else Corpus(["\n\n".join(documents)], tokenizer)
 
 
 def load_documents(names: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv.evals import retrieval
 from sparsekv.evals.calibrate import calibrate
-from sparsekv.evals.corpus import Corpus
+from sparsekv.evals.corpus import Corpus, hay_of
 from sparsekv.evals.forward import Reading, read
 from sparsekv.evals.items import ItemBuilder
 from sparsekv.evals.perplexity import TextRows, TextScore
@@ -118,7 +118,7 @@ class _Bench:
             self.split = SplitModel(model)
         self.reference = self.split if reference is None else SplitModel(reference)
         corpus = Corpus(documents, tokenizer)
-        builder = ItemBuilder(corpus, tokenizer)
+        builder = ItemBuilder(hay_of(documents, tokenizer, max(settings.contexts, default=1)), tokenizer)
         self.cells = retrieval.retrieval_cells(
             builder, kinds=settings.kinds, contexts=settings.contexts, items=settings.items, seed=settings.seed
         )
@@ -147,6 +147,7 @@ class _Bench:
         )
 
     def _rows(self, corpus: Corpus, length: int) -> TextRows:
+        length = corpus.fitting(self.settings.rows, length)
         count = max(1, self.settings.rows * self.settings.length // length)
         rows = corpus.rows(min(count, self.settings.rows), length).to(next(self.split.model.parameters()).device)
         return TextRows(self.split, rows, reference=self.reference, batch=self.settings.batch)

@@ -6,6 +6,7 @@ EVICTIONS = ("cache", "mask")
 ANSWERS = ("forced", "generated")
 WAYS = ("auto", "steps", "prefill")
 TARGETS = (1.1, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+LENGTHS = (512, 1024, 4096, 8192)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +110,17 @@ class MeasurementConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """Which ratios the offset table gets, measured on how much held-out text."""
+    """Which ratios the offset table gets, measured on how much held-out text. A row never leaves its document: lengths
+    that no document or the model's context has are left out, and the longest left stands for `length`."""
 
     targets: list[float] = field(default_factory=lambda: list(TARGETS))
     """Compression ratios, window counted, at `length` tokens; those that the heads cannot reach are left out."""
     rows: int = 16
+    """Of `length` tokens; of each further length as many, and fewer of the longer ones, which hold as much text."""
     length: int = 2048
     """Tokens per row."""
+    lengths: list[int] = field(default_factory=lambda: list(LENGTHS))
+    """Further lengths, at which the ratios of the same offsets are measured."""
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -129,3 +134,5 @@ class CalibrationConfig:
             raise ValueError(f"calibration.rows is {self.rows}; use at least 1")
         if self.length < 2:
             raise ValueError(f"calibration.length is {self.length}; use at least 2 tokens")
+        if min(self.lengths, default=2) < 2:
+            raise ValueError(f"calibration.lengths has {min(self.lengths)}; use at least 2 tokens")

@@ -6,7 +6,6 @@ source). LoRA weights that were trained with them are in the same two files, in 
 reads them too. Nothing in it is executable.
 """
 
-import bisect
 import json
 import math
 import shutil
@@ -25,6 +24,7 @@ from transformers import PreTrainedModel
 
 from sparsekv.dms import EvictionHead, NeuronSource
 from sparsekv.modeling.attached import ATTACHMENT
+from sparsekv.modeling.dial import OffsetTable
 from sparsekv.modeling.lora import A, B, Lora
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -52,7 +52,9 @@ class AdapterConfig:
     """"linear": eviction heads, in the adapter; "neuron": a channel of the base model's queries, as `neuron` says."""
     neuron: NeuronSource | None = None
     offsets: list[tuple[float, float]] = field(default_factory=list)
-    """Calibrated (offset on the logits, compression ratio), ascending in both."""
+    """Calibrated (offset on the logits, compression ratio at calibration["length"] tokens), ascending in both."""
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+    """By further length in tokens: the ratios of the same offsets."""
     calibration: dict[str, Any] = field(default_factory=dict)
     """How the table was measured: text, tokens, seed."""
     training: dict[str, Any] = field(default_factory=dict)
@@ -87,31 +89,23 @@ class AdapterConfig:
         return window | {"neuron": self.neuron}
 
     @property
+    def table(self) -> OffsetTable:
+        """The dial: offset and ratio by length."""
+        return OffsetTable(
+            window=1 if self.policy == "dmc" else self.window,
+            offsets=self.offsets,
+            length=self.calibration.get("length"),
+            ratios={int(length): ratios for length, ratios in self.ratios.items()},
+        )
+
+    @property
     def max_cr(self) -> float:
+        """The largest ratio of the table, at its own length."""
         return self.offsets[-1][1] if self.offsets else math.nan
 
-    def offset_for(self, ratio: float) -> float:
-        """The offset that gives a compression ratio, by linear interpolation of the table; -inf (dense) for 1.
-
-        Raises ValueError for a ratio below 1, beyond the table, or an adapter without one.
-        """
-        if not ratio >= 1:
-            raise ValueError(f"the compression ratio is {ratio}; it is tokens seen over tokens held, so use 1 or more")
-        if ratio == 1:
-            return -math.inf
-        if not self.offsets:
-            raise ValueError("this adapter has no table of ratios; run `sparsekv calibrate` on it, or leave out cr")
-        offsets, ratios = zip(*self.offsets, strict=True)
-        if ratio > ratios[-1] + 0.05:
-            raise ValueError(f"the compression ratio is {ratio}; this adapter holds up to {ratios[-1]:.4g}")
-        if len(offsets) == 1:
-            if abs(ratio - ratios[0]) > 0.05:
-                raise ValueError(f"the compression ratio is {ratio}; this adapter's table knows only {ratios[0]:.4g}")
-            return offsets[0]
-        right = min(max(bisect.bisect_left(ratios, ratio), 1), len(ratios) - 1)
-        low, high = ratios[right - 1], ratios[right]
-        share = (ratio - low) / (high - low)
-        return offsets[right - 1] + share * (offsets[right] - offsets[right - 1])
+    def offset_for(self, ratio: float, *, tokens: int | None = None) -> float:
+        """See OffsetTable.offset_for."""
+        return self.table.offset_for(ratio, tokens=tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +274,8 @@ def _config(name: str | Path, raw: Any) -> AdapterConfig:
         raise ValueError(f"{name}/{CONFIG_FILE}: offsets must be a list of [offset, compression ratio]") from None
     if any(a >= c or b >= d for (a, b), (c, d) in pairwise(offsets)):
         raise ValueError(f"{name}/{CONFIG_FILE}: offsets must ascend, both the offsets and the ratios")
+    if not _fits(raw.get("ratios", {}), rows=len(offsets)):
+        raise ValueError(f"{name}/{CONFIG_FILE}: ratios must hold, by length in tokens, one ratio for each of offsets")
     if type(raw["window"]) is not int or raw["window"] < 1 or raw.get("lag", 0) not in (0, 1, raw["window"]):
         raise ValueError(f"{name}/{CONFIG_FILE}: window must be an integer of at least 1, and lag 0, 1 or the window")
     try:
@@ -288,6 +284,16 @@ def _config(name: str | Path, raw: Any) -> AdapterConfig:
         return AdapterConfig(**{**kept, "offsets": offsets, "neuron": neuron})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}/{CONFIG_FILE}: {error}") from None
+
+
+def _fits(ratios: Any, *, rows: int) -> bool:
+    return isinstance(ratios, dict) and all(
+        key.isdigit()
+        and isinstance(row, list)
+        and len(row) == rows
+        and all(isinstance(ratio, int | float) and ratio >= 1 for ratio in row)
+        for key, row in ratios.items()
+    )
 
 
 def _shape(shape: dict[str, Any]) -> str:

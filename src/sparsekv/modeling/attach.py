@@ -48,7 +48,8 @@ def attach(
     adapter: a folder or hub id with trained eviction heads, and LoRA where they were trained with it, which is merged
     into the weights until detach; with policy="dms-quest" its heads decide what is held, and `budget` what is read.
     cr: with an adapter, the compression ratio to serve it at, between 1 and the adapter's largest (None = as trained);
-    with a policy that has a budget, that budget is tokens / cr, where tokens counts input and output together.
+    with a policy that has a budget, that budget is tokens / cr.
+    tokens: the length that cr is meant for, input and output together; an adapter's default is that of its table.
 
     Raises ValueError where the model cannot be attached (the sentence names the reason), is attached already, or where
     the adapter is for another model or the options do not fit.
@@ -70,6 +71,8 @@ def attach(
         own = sorted(set(options) - ({"budget", "page_size"} if policy == "dms-quest" else set()))
         if own:
             raise ValueError(f"an adapter brings its own settings; leave out {', '.join(own)}")
+        if tokens is not None and cr is None:
+            raise ValueError("tokens is the length that cr is meant for; pass cr=... beside it")
         loaded = adapters.load_adapter(adapter, model)
         own_policy = loaded.config.policy
         if "dmc" in (policy, own_policy) and policy not in (None, own_policy):
@@ -77,7 +80,7 @@ def attach(
                 f"the adapter {adapter} is for policy {own_policy!r}, not {policy!r}; leave out the policy"
             )
         options |= loaded.config.policy_options()
-        options["offset"] = 0.0 if cr is None else loaded.config.offset_for(cr)
+        options["offset"] = 0.0 if cr is None else loaded.config.offset_for(cr, tokens=tokens)
         policy = policy or own_policy
     heads: dict[int, EvictionHead] = {}
     source: NeuronSource | None = None

@@ -23,15 +23,29 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
         f"out. Window {config.window}, "
         f"lag {config.lag}, learning rate {config.lr:g}, seed {config.seed}, commit {made['commit']}. Everything is in "
         "`config.yaml`, every step in `metrics.jsonl`.\n",
-        "## Offsets\n\n"
-        f"Measured on {adapter.calibration['rows']} held-out texts of {adapter.calibration['length']} tokens, the "
-        "window counted. Shorter texts hold a larger share, longer ones a smaller.\n\n"
-        + table(["offset", "ratio"], [[f"{o:+.3f}", f"{r:.3f}"] for o, r in adapter.offsets])
-        + "\n",
+        "## Offsets\n\n" + _offsets(adapter),
     ]
     if results is not None:
         parts.append(_evaluation(results))
     return "\n".join(parts)
+
+
+def _offsets(adapter: AdapterConfig) -> str:
+    """The dial, a column for each length."""
+    about = adapter.calibration
+    columns = {int(length): ratios for length, ratios in adapter.ratios.items()}
+    columns[about["length"]] = [ratio for _, ratio in adapter.offsets]
+    header = ["offset", *(f"ratio at {length:,} tokens" for length in sorted(columns))]
+    rows = [
+        [f"{offset:+.3f}", *(f"{columns[length][row]:.3f}" for length in sorted(columns))]
+        for row, (offset, _) in enumerate(adapter.offsets)
+    ]
+    return (
+        f"Measured on held-out texts, {about['rows']} of {about['length']} tokens and as much of every other length, "
+        f"the window of {adapter.window} tokens counted: of a shorter text it is a larger share.\n\n"
+        + table(header, rows)
+        + "\n"
+    )
 
 
 def _marked(made: dict[str, Any]) -> str:

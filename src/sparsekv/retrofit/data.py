@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sparsekv.evals.corpus import Corpus
+from sparsekv.evals.corpus import Corpus, hay_of
 from sparsekv.evals.items import ItemBuilder
 from sparsekv.retrofit.documents import Documents
 from sparsekv.retrofit.packing import Row, fill, pack
@@ -83,10 +83,7 @@ def _schedule(weights: Sequence[float], count: int) -> tuple[np.ndarray, np.ndar
 
 def _rows(found: Documents, tokenizer: PreTrainedTokenizerBase, hay: list[str], length: int) -> Rows:
     if found.source.kind == "retrieval":
-        corpus = Corpus(found.training or hay, tokenizer)
-        if corpus.longest < length:
-            corpus = Corpus(["\n\n".join(found.training or hay)], tokenizer)
-        return _Retrieval(ItemBuilder(corpus, tokenizer), length)
+        return _Retrieval(ItemBuilder(hay_of(found.training or hay, tokenizer, length), tokenizer), length)
     if found.stream is not None or found.chats or found.source.kind == "self":  # which ends texts where it likes
         return _Packed(found, tokenizer, length)
     corpus = Corpus(found.training, tokenizer)

@@ -68,9 +68,8 @@ def held_out(documents: Sequence[Documents]) -> list[str]:
 
 
 def _halves(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Short documents are held out as one."""
-    training, held_out = split(documents) if len(documents) > 1 else (documents, [])
-    return training, ["\n\n".join(held_out)]
+    """(training, held out); of one document nothing is held out."""
+    return split(documents) if len(documents) > 1 else (documents, [])
 
 
 def _chats(name: str, column: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -119,7 +118,7 @@ def _dataset(source: Source, tokenizer: PreTrainedTokenizerBase) -> Documents:
     return Documents(
         source=source,
         training=head[HELD_OUT:],
-        held_out=["\n\n".join(head[:HELD_OUT])],
+        held_out=head[:HELD_OUT],
         chats=source.prompt is not None or column == "messages",
         stream=lambda: itertools.islice(rows(), HELD_OUT, None),
     )

@@ -20,6 +20,7 @@ from sparsekv.cache.swap import SwappedRow, swap_in, swap_out
 from sparsekv.engine.device.cache import EngineCache
 from sparsekv.engine.device.graphs import DecodeGraphs
 from sparsekv.engine.device.history import TokenHistory
+from sparsekv.engine.device.limits import banned, forced
 from sparsekv.engine.device.regions import CompiledForward
 from sparsekv.engine.device.sampler import SamplingBatch, logprobs_of, sample, sampling_batch, upload
 from sparsekv.engine.schedule.ledger import Lengths
@@ -194,7 +195,8 @@ class Runner:
         if len(logits) < len(samples):  # several samples start from one prompt
             logits = logits[upload(_sources(samples), torch.int64, self.device)]
         batch = self._sampling_batch(samples)
-        sampled = sample(logits, batch, positions=positions, history=self.history, banned=self._banned(samples))
+        limits = {"banned": self._upload_pairs(banned(samples)), "forced": self._upload_pairs(forced(samples))}
+        sampled = sample(logits, batch, positions=positions, history=self.history, **limits)
         rows, tokens = batch.rows, sampled.tokens
         owners = [i for i, s in enumerate(samples) if s.row is not None]
         if len(owners) < len(samples):
@@ -218,11 +220,7 @@ class Runner:
             self._batch = samples, sampling_batch(samples, self.device)
         return self._batch[1]
 
-    def _banned(self, samples: list[Sequence]) -> tuple[Tensor, Tensor] | None:
-        """(sample, token) pairs that would end a sample before its min_tokens."""
-        pairs = [
-            (i, t) for i, s in enumerate(samples) if s.sampled < s.request.params.min_tokens for t in s.request.stop_ids
-        ]
+    def _upload_pairs(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor] | None:
         if not pairs:
             return None
         sample_, token = upload(pairs, torch.int64, self.device).unbind(-1)

@@ -81,8 +81,10 @@ def sample(
     positions: Tensor,
     history: TokenHistory,
     banned: tuple[Tensor, Tensor] | None = None,
+    forced: tuple[Tensor, Tensor] | None = None,
 ) -> Sampled:
-    """logits: [S, vocab]; positions: int64 [S], of the tokens to be sampled; banned: (sample, token), int64 [n]."""
+    """logits: [S, vocab]; positions: int64 [S], of the tokens to be sampled; banned, forced: (sample, token), int64
+    [n]."""
     raw = logits
     if batch.bias is not None:
         sample_, token, value = batch.bias
@@ -99,6 +101,8 @@ def sample(
     else:
         noise = (batch.seed, batch.index, positions)
         tokens = draw(logits, noise, temperature=batch.temperature, filters=batch.filters)
+    if forced is not None:
+        tokens = tokens.index_put((forced[0],), forced[1])
     return Sampled(tokens=tokens, logprobs=None if batch.logprobs is None else logprobs_of(raw, tokens, batch.logprobs))
 
 

@@ -5,6 +5,7 @@ the host has read back, at most one step behind.
 """
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -16,6 +17,10 @@ from sparsekv.engine.params import SamplingParams
 if TYPE_CHECKING:
     from sparsekv.cache.swap import SwappedRow
     from sparsekv.engine.detokenizer import Detokenizer
+
+
+StopWhen = Callable[[list[CompletionOutput]], bool]
+"""From a request's finished samples, whether the others may stop."""
 
 
 class Status(Enum):
@@ -173,6 +178,7 @@ class Request:
     """Tokens that end a sample."""
     heads: int = 1
     """Layers times KV heads, to average over."""
+    stop_when: StopWhen | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     sequences: list[Sequence] = field(default_factory=list)
@@ -185,6 +191,10 @@ class Request:
     def scored(self) -> bool:
         """Whether the prompt's tokens get log-probabilities."""
         return self.params.prompt_logprobs is not None
+
+    def completed(self) -> list[CompletionOutput]:
+        """The finished samples."""
+        return [self._completion(each) for each in self.sequences if each.status is Status.FINISHED]
 
     def output(self) -> RequestOutput:
         """A snapshot of the samples."""

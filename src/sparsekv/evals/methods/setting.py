@@ -1,13 +1,13 @@
 """A setting: which policy governs a model and how much it may hold, by budget or by ratio.
 
 Where a policy has a budget, a ratio `cr` makes it out of a length: budget = (prompt + new tokens) / cr. Trained heads
-are dialled to the ratio instead, by the table of their adapter.
+are dialled to the ratio at that length instead, by the table of their adapter.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -71,8 +71,8 @@ class Setting:
         given: dict[str, Any] = {"policy": self.policy, "adapter": self.adapter, "cr": self.cr, "budget": self.budget}
         if self.reads is not None:
             given["budget"] = self._to_read(tokens)
-        if self.cr is not None and self.adapter is None:
-            room = int(self.cr * output) if describe(self.policy).budgets_prompt else 0
+        if self.cr is not None:
+            room = int(self.cr * output) if self.adapter is None and describe(self.policy).budgets_prompt else 0
             given["tokens"] = tokens - room
         return {name: value for name, value in given.items() if value is not None} | self.options
 
@@ -81,7 +81,7 @@ class Setting:
         if self.adapter is None:
             attach(model, policy="dense")
         else:
-            attach(model, **self.arguments(tokens=0))
+            attach(model, **replace(self, cr=None).arguments(tokens=0))
 
     @contextmanager
     def governing(self, model: PreTrainedModel, *, tokens: int, output: int = 0) -> Iterator[Policy]:
@@ -102,7 +102,7 @@ class Setting:
             return
         policy = attachment_of(model).policy
         assert isinstance(policy, DMSPolicy)
-        offset = 0.0 if self.cr is None else read_adapter(self.adapter)[0].offset_for(self.cr)
+        offset = 0.0 if self.cr is None else read_adapter(self.adapter)[0].offset_for(self.cr, tokens=tokens)
         with contexts.dialled(policy, offset), self._reading(policy, tokens):
             yield policy
 

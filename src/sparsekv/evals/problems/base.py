@@ -20,10 +20,14 @@ class Problem:
 class Task(Protocol):
     """A family of problems at one difficulty."""
 
-    name: str
     voted: ClassVar[bool]
     """Answers compare as text, so that the majority of W chains is an answer (exact match); else each of W answers is
     verified and one that is right is enough (pass@all)."""
+
+    @property
+    def name(self) -> str:
+        """As the registry (tasks.py) takes it: "countdown-32"."""
+        ...
 
     def problems(self, split: str, count: int) -> list[Problem]:
         """The first `count` problems of "train", "validation" or "test": of disjoint seeds, and always the same.

@@ -1,0 +1,107 @@
+"""Margins of every method over every other, by task and in the mean over tasks, with 95 % intervals.
+
+Problems are resampled RESAMPLES times, the same ones for all methods of a task, and fronts and margins made anew. A
+method's front is over all its ratios, W and L.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import permutations
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsekv.studies.scale.pareto import Axis, Front, front, margin
+from sparsekv.studies.scale.tables import BUDGETS, Table
+
+RESAMPLES = 500
+AXES: tuple[Axis, ...] = get_args(Axis)
+ALL, VOTED = "mean over tasks", "mean over voted tasks"
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One method over another at equal budgets. Values are shares; None where they share no budgets."""
+
+    method: str
+    over: str
+    task: str
+    """A task, or a mean over tasks."""
+    budget: str
+    axis: str
+    margin: float | None
+    low: float | None
+    high: float | None
+    doublings: float
+    """Of the budget, that both fronts cover; in a mean, the least."""
+    tasks: int
+    """How many are in it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(
+    made: Sequence[Table], *, budgets: Sequence[str] = tuple(BUDGETS), resamples: int = RESAMPLES
+) -> list[Compared]:
+    """All ordered pairs of methods, at each budget, on each axis; of the problems that a task's methods share."""
+    methods = list(dict.fromkeys(table.cell.method.name for table in made))
+    by_task: dict[str, list[Table]] = {}
+    for table in made:
+        by_task.setdefault(table.cell.task, []).append(table)
+    voted = {task for task, own in by_task.items() if own[0].voted}
+    found: list[Compared] = []
+    for budget in budgets:
+        fronts = {task: _fronts(own, budget, resamples) for task, own in by_task.items()}
+        for axis in AXES:
+            for method, over in permutations(methods, 2):
+                rows = {
+                    task: [margin(a, b, axis) for a, b in zip(own[method], own[over], strict=True)]
+                    for task, own in fronts.items()
+                    if method in own and over in own
+                }
+                named = {task: [task] for task in rows} | {ALL: list(rows), VOTED: [t for t in rows if t in voted]}
+                about = {"method": method, "over": over, "budget": budget, "axis": axis}
+                for name, tasks in named.items():
+                    if tasks:
+                        found.append(_compared([rows[task] for task in tasks], task=name, **about))
+    return found
+
+
+def _fronts(own: Sequence[Table], budget: str, resamples: int) -> dict[str, list[Front]]:
+    """By method: the front of all problems, then of each resample."""
+    shared = [name for name in own[0].problems if all(name in table.problems for table in own)]
+    if not shared:
+        return {}
+    count = len(shared)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=resamples) / count
+    weights = np.concatenate([np.full((1, count), 1 / count), drawn])
+    out: dict[str, list[Front]] = {}
+    for method in dict.fromkeys(table.cell.method.name for table in own):
+        points = [_points(table, shared, budget) for table in own if table.cell.method.name == method]
+        cost, accuracy = (weights @ np.concatenate(part, axis=1) for part in zip(*points, strict=True))
+        right = accuracy[0] > 0  # of all problems: the points are the same in each resample
+        out[method] = [front(x[right], y[right]) for x, y in zip(cost, accuracy, strict=True)]
+    return out
+
+
+def _points(table: Table, shared: Sequence[str], budget: str) -> tuple[Floats, Floats]:
+    """(cost, accuracy), [shared problems, W * L]."""
+    at = [table.problems.index(name) for name in shared]
+    return table.costs[budget][at].reshape(len(at), -1), table.accuracy[at].reshape(len(at), -1)
+
+
+def _compared(rows: Sequence[Sequence[Any]], **about: str) -> Compared:
+    """rows: by task, the margins of all problems and of each resample. Tasks without a margin are left out."""
+    rows = [row for row in rows if row[0].value is not None]
+    if not rows:
+        return Compared(**about, margin=None, low=None, high=None, doublings=0.0, tasks=0)
+    values = np.array([[np.nan if m.value is None else m.value for m in row] for row in rows])
+    means = values.mean(0)
+    resampled = means[1:][~np.isnan(means[1:])]
+    enough = len(resampled) > 0.9 * (len(means) - 1)
+    low, high = np.quantile(resampled, [0.025, 0.975]).tolist() if enough and len(resampled) else (None, None)
+    doublings = min(row[0].doublings for row in rows)
+    return Compared(**about, margin=float(means[0]), low=low, high=high, doublings=doublings, tasks=len(rows))
