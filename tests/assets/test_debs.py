@@ -44,7 +44,7 @@ def apt(monkeypatch, tmp_path):
 
 
 def _fetch(into: Path, *, sha256: str = SHA256) -> Path:
-    return fetch_deb("thing", "1.0", sha256=sha256, into=into)
+    return fetch_deb("thing", "1.0", into, sha256=sha256)
 
 
 def test_a_package_is_fetched_once_and_read(apt, monkeypatch, tmp_path, capfd):

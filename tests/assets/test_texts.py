@@ -31,7 +31,7 @@ def test_one_article_cannot_be_split():
 
 
 def test_an_unknown_text_is_refused():
-    with pytest.raises(ValueError, match="the texts are 'encyclopedia', 'handbook', 'bible'"):
+    with pytest.raises(ValueError, match="the texts are 'encyclopedia', 'handbook', 'reference'"):
         fetch_text("novels")
 
 

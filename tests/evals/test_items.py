@@ -96,7 +96,7 @@ def test_cells_are_the_same_for_a_seed_and_differ_between_seeds() -> None:
     def ids(seed: int) -> list[list[int]]:
         return [
             i.ids.tolist()
-            for c in retrieval_cells(BUILDER, kinds=KINDS, contexts=[600], items=3, seed=seed)
+            for c in retrieval_cells(BUILDER, kinds=KINDS[:5], contexts=[600], items=3, seed=seed)
             for i in c.items
         ]
 

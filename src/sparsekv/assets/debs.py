@@ -15,7 +15,7 @@ from sparsekv.assets.fetched import fetch_once
 _MAGIC, _HEADER = b"!<arch>\n", 60
 
 
-def fetch_deb(package: str, version: str, *, sha256: str, into: Path) -> Path:
+def fetch_deb(package: str, version: str, into: Path, *, sha256: str) -> Path:
     """The package's file in folder `into`, downloaded there unless it is there already.
 
     Raises:

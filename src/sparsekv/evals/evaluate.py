@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,6 +115,8 @@ class _Bench:
     ) -> None:
         self.policy = attachment_of(model).policy
         self.settings = settings
+        self.seen, self.held = 0, 0.0
+        """What was read of late, to know the ratio."""
         with contexts.dense(model):
             self.split = SplitModel(model)
         self.reference = self.split if reference is None else SplitModel(reference)
@@ -136,13 +139,17 @@ class _Bench:
         offset = self._offset(self.held_out, point)
         others = {name: self._text(rows, self._offset(rows, point)) for name, rows in self.others.items()}
         others |= {name: self._text(rows, offset) for name, rows in self.longer.items()}
-        with self._dialled(offset):
-            answers = [self._answers(cell) for cell in self.cells]
+        answers, ratios = [], []
+        for cell in self.cells:
+            self.seen, self.held = 0, 0.0
+            with self._dialled(self._cell_offset(cell, point)):
+                answers.append(self._answers(cell))
+            ratios.append(self.seen / self.held if self.held else None)
         return Score(
             **asdict(self._text(self.held_out, offset)),
             asked=point.asked,
             others=others,
-            retrieval=retrieval.summarise(self.cells, answers, self.dense_right),
+            retrieval=retrieval.summarise(self.cells, answers, self.dense_right, ratios=ratios),
             seconds=round(time.monotonic() - started, 2),
         )
 
@@ -153,13 +160,24 @@ class _Bench:
         return TextRows(self.split, rows, reference=self.reference, batch=self.settings.batch)
 
     def _offset(self, text: TextRows, point: Point) -> float | None:
-        """The point's, or one at which this text has the ratio asked for."""
+        return self._offset_on(text.rows, point)
+
+    def _offset_on(self, rows: Tensor, point: Point) -> float | None:
+        """The point's, or one at which these rows have the ratio asked for."""
         dialled = self.settings.same_ratio and point.asked is not None and point.asked > 1
         if not dialled or not isinstance(self.policy, DMSPolicy):
             return point.offset
         batch, eviction = self.settings.batch, self.settings.eviction
         model = self.split.model
-        return calibrate(model, text.rows, targets=[point.asked or 1], batch=batch, eviction=eviction)[0].offset
+        return calibrate(model, rows, targets=[point.asked or 1], batch=batch, eviction=eviction)[0].offset
+
+    def _cell_offset(self, cell: retrieval.Cell, point: Point) -> float | None:
+        """As _offset, on the first items of a cell; the point's where the window forbids the ratio there."""
+        if not cell.items:
+            return point.offset
+        rows = torch.from_numpy(np.stack([item.ids for item in cell.items[: self.settings.batch]]).astype(np.int64))
+        reach = (point.asked or 1) * self.policy.window(0)
+        return point.offset if cell.context <= reach else self._offset_on(rows, point)
 
     def _text(self, text: TextRows, offset: float | None) -> TextScore:
         with self._dialled(offset):
@@ -171,7 +189,9 @@ class _Bench:
         return retrieval.forced(self.split, cell, self._read, batch=self.settings.batch)
 
     def _read(self, ids: Tensor) -> Reading:
-        return read(self.split, ids, eviction=self.settings.eviction)
+        reading = read(self.split, ids, eviction=self.settings.eviction)
+        self.seen, self.held = self.seen + reading.seen, self.held + reading.held
+        return reading
 
     def _dense(self, ids: Tensor) -> Reading:
         with torch.no_grad():

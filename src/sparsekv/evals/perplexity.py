@@ -5,11 +5,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparsekv import dms
 from sparsekv.evals.forward import Reading
+from sparsekv.evals.methods.intervals import bootstrap
 from sparsekv.modeling.split import SplitModel
 
 
@@ -27,6 +29,8 @@ class TextScore:
     """KL(dense || sparse), nats per token."""
     agreement: float
     """The share of positions whose most likely token is dense's."""
+    rise: tuple[float, float] | None = None
+    """The 95 % interval of perplexity / perplexity_dense - 1, bootstrapped over rows; None of a single row."""
 
 
 class TextRows:
@@ -40,15 +44,16 @@ class TextRows:
 
     def score(self, read: Callable[[Tensor], Reading], *, offset: float | None) -> TextScore:
         """read: ids int64 [B, S] -> Reading, at the dial that `offset` says."""
-        sums = torch.zeros(4, dtype=torch.float64)
+        per_row: list[Tensor] = []
         seen, held = 0, 0.0
         for ids, dense_hidden in zip(self.batches, self.dense, strict=True):
             reading = read(ids)
             seen, held = seen + reading.seen, held + reading.held
-            parts = (x[:, :-1].flatten(0, 1) for x in (reading.hidden, dense_hidden))
-            for sparse, dense, following in self.split.chunks(*parts, ids[:, 1:].flatten()):
-                sums += self._compare(sparse, dense, following)
-        ours, theirs, divergence, agreement = (sums / (seen - len(self.rows))).tolist()
+            for row in range(len(ids)):
+                parts = reading.hidden[row, :-1], dense_hidden[row, :-1], ids[row, 1:]
+                per_row.append(torch.stack([self._compare(*part) for part in self.split.chunks(*parts)]).sum(0))
+        sums = torch.stack(per_row)
+        ours, theirs, divergence, agreement = (sums.sum(0) / (seen - len(self.rows))).tolist()
         return TextScore(
             offset=offset,
             ratio=seen / held,
@@ -56,7 +61,17 @@ class TextRows:
             perplexity_dense=math.exp(theirs),
             divergence=divergence,
             agreement=agreement,
+            rise=self._rise(sums),
         )
+
+    def _rise(self, sums: Tensor) -> tuple[float, float] | None:
+        if len(sums) < 2:
+            return None
+        tokens = np.full(len(sums), self.rows.shape[1] - 1.0)
+        difference = (sums[:, 0] - sums[:, 1]).numpy()
+        found = bootstrap(difference, tokens, unit="rows", statistic=np.expm1)
+        assert found.low is not None and found.high is not None
+        return found.low, found.high
 
     @torch.no_grad()
     def _compare(self, sparse: Tensor, dense: Tensor, following: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ generated token by token through the real cache.
 pass key   the best known template, which training also uses (in text that it does not)
 unseen     templates and words that training never uses
 look-up    eight entries of one such template with a key, one of them asked for
+new relations, new forms, rivals, two hops    by the grammar (grammar/), in wordings and words that training never uses:
+           relations that it never uses; blocks in forms that it never uses; one of sixteen with the same such relation;
+           a fact about what another fact names, such relations both
 multi-needle, variable tracking    RULER's, see ruler.py: several answers to one question
 """
 
@@ -18,13 +21,16 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from sparsekv.evals.forward import Reading
-from sparsekv.evals.items import Item, ItemBuilder
+from sparsekv.evals.grammar.puzzles import RIVALS, SENTENCE, WAYS, Part, forms_of, puzzle
+from sparsekv.evals.items import Fact, Item, ItemBuilder
+from sparsekv.evals.methods.intervals import wilson
 from sparsekv.evals.ruler import multi_needle, variable_tracking
 from sparsekv.evals.templates import LOOK_UP, PASS_KEY, UNSEEN
 from sparsekv.modeling.cache import SparseCache
 from sparsekv.modeling.split import SplitModel
 
-KINDS = ("pass key", "unseen", "look-up", "multi-needle", "variable tracking")
+GRAMMAR = ("new relations", "new forms", "rivals", "two hops")
+KINDS = ("pass key", "unseen", "look-up", "multi-needle", "variable tracking", *GRAMMAR)
 ENTRIES = 8
 """Of a look-up."""
 TOKENS_PER_ENTRY = 64
@@ -63,6 +69,8 @@ def _item(builder: ItemBuilder, rng: np.random.Generator, kind: str, context: in
     if kind == "pass key":
         return builder.build(rng, PASS_KEY.facts(rng, 1), asked=[0], length=context, style="lead")
     style = builder.styles[index % len(builder.styles)]
+    if kind in GRAMMAR:
+        return builder.build(rng, _puzzle(rng, kind, context, index), asked=[0], length=context, style=style)
     if kind == "multi-needle":
         return builder.build(rng, multi_needle(rng), asked=[0], length=context, style=style)
     if kind == "variable tracking":
@@ -71,6 +79,15 @@ def _item(builder: ItemBuilder, rng: np.random.Generator, kind: str, context: in
     facts = templates[index % len(templates)].facts(rng, count, unseen=True)
     style = builder.styles[index // len(templates) % len(builder.styles)]
     return builder.build(rng, facts, asked=[0], length=context, style=style)
+
+
+def _puzzle(rng: np.random.Generator, kind: str, context: int, index: int) -> list[Fact]:
+    """Its forms in turn; short contexts get fewer rivals."""
+    part = Part(relations=kind != "new forms", wordings=True, forms=kind == "new forms")
+    forms = forms_of(part) if kind == "new forms" else [SENTENCE, *forms_of(part)]
+    form = SENTENCE if kind == "new relations" else forms[index % len(forms)]
+    way = kind if kind in WAYS else "direct"
+    return puzzle(rng, way, form, part=part, rivals=max(2, min(RIVALS, context // TOKENS_PER_ENTRY)))
 
 
 @torch.no_grad()
@@ -122,10 +139,18 @@ def _continue(split: SplitModel, prompts: list[Tensor], *, tokens: int) -> Tenso
     return torch.nn.functional.pad(out[:, ids.shape[1] :], (0, tokens - out.shape[1] + ids.shape[1]), value=-1)
 
 
-def summarise(cells: Sequence[Cell], answers: Sequence[list[bool]], dense: Sequence[list[bool]]) -> dict[str, dict]:
-    """By kind: accuracy and dense accuracy at each context; share_of_dense, the ratio of the two over all contexts
-    (None where dense gets nothing right); kept, the part of dense's right answers that stays right; by_depth, that
-    part for facts told in each quarter of the text."""
+def summarise(
+    cells: Sequence[Cell],
+    answers: Sequence[list[bool]],
+    dense: Sequence[list[bool]],
+    *,
+    ratios: Sequence[float | None] | None = None,
+) -> dict[str, dict]:
+    """By kind: accuracy and dense accuracy at each context, and the ratio measured there (ratios: by cell);
+    share_of_dense, the quotient of the two over all contexts (None where dense gets nothing right); kept, the part of
+    dense's right answers that stays right, with its 95 % interval; dense_right, how many those are; by_depth, that part
+    for facts told in each quarter of the text.
+    """
     summary: dict[str, dict] = {}
     for kind in dict.fromkeys(cell.kind for cell in cells if cell.items):
         chosen = [i for i, cell in enumerate(cells) if cell.kind == kind]
@@ -135,14 +160,25 @@ def summarise(cells: Sequence[Cell], answers: Sequence[list[bool]], dense: Seque
         summary[kind] = {
             "accuracy": {str(cells[i].context): round(float(np.mean(answers[i])), 4) for i in chosen},
             "dense": {str(cells[i].context): round(float(np.mean(dense[i])), 4) for i in chosen},
+            "ratio": {str(cells[i].context): ratios[i] for i in chosen} if ratios else {},
             "share_of_dense": _share(ours.sum(), theirs.sum()),
             "kept": _share((ours & theirs).sum(), theirs.sum()),
+            "kept_interval": _interval(int((ours & theirs).sum()), int(theirs.sum())),
+            "dense_right": int(theirs.sum()),
             "by_depth": {
                 name: _share((ours & theirs)[quarter == i].sum(), theirs[quarter == i].sum())
                 for i, name in enumerate(DEPTHS)
             },
         }
     return summary
+
+
+def _interval(part: int, whole: int) -> list[float] | None:
+    if not whole:
+        return None
+    found = wilson(part, whole)
+    assert found.low is not None and found.high is not None
+    return [round(found.low, 4), round(found.high, 4)]
 
 
 def _share(part: float, whole: float) -> float | None:

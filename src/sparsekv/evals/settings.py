@@ -30,7 +30,8 @@ class EvaluationConfig:
     contexts: list[int] = field(default_factory=lambda: [1024, 2048, 4096])
     """Lengths of the retrieval items, in tokens."""
     kinds: list[str] = field(default_factory=lambda: ["pass key", "unseen"])
-    """Of retrieval: pass key, unseen, look-up, multi-needle, variable tracking; see retrieval.py."""
+    """Of retrieval: pass key, unseen, look-up, multi-needle, variable tracking, new relations, new forms, rivals, two
+    hops; see retrieval.py."""
     answers: str = "forced"
     """How retrieval is read: teacher-forced in one forward, or generated token by token."""
     eviction: str = "cache"

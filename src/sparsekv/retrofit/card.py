@@ -2,10 +2,15 @@
 
 from typing import Any
 
+from sparsekv.evals.methods.intervals import wilson
+from sparsekv.evals.retrieval import GRAMMAR
 from sparsekv.markdown import table
 from sparsekv.modeling.adapter import AdapterConfig
 from sparsekv.retrofit.config import RetrofitConfig
 from sparsekv.retrofit.data_config import describe_data
+
+NEVER_TRAINED = (*GRAMMAR, "unseen", "look-up", "multi-needle", "variable tracking")
+"""Kinds of retrieval in forms that no training shows."""
 
 
 def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str, Any] | None) -> str:
@@ -88,7 +93,14 @@ def _evaluation(results: dict[str, Any]) -> str:
     scores = results["scores"]
     kinds = list(scores[0]["retrieval"])
     others = list(scores[0]["others"])
-    header = ["measured ratio", "perplexity", "over dense", *(f"{name}, over dense" for name in others)]
+    unseen = [name for name in results["settings"]["other_texts"] if name not in results["trained_texts"]]
+    header = ["measured ratio", *(f"{name} (never trained on), over dense" for name in unseen)]
+    header += [
+        "facts in forms never trained on, kept",
+        "perplexity",
+        "over dense",
+        *(f"{name}, over dense" for name in others),
+    ]
     header += ["divergence (nats)", "same token"]
     header += [f"{kind} ({'/'.join(scores[0]['retrieval'][kind]['accuracy'])})" for kind in kinds]
     header += [f"{kind}, share of dense" for kind in kinds]
@@ -96,6 +108,8 @@ def _evaluation(results: dict[str, Any]) -> str:
     for score in scores:
         row = [
             f"{score['ratio']:.2f}",
+            *(_rise(score["others"][name]) for name in unseen),
+            _kept(score["retrieval"]),
             f"{score['perplexity']:.3f}",
             *(_over_dense(text, score) for text in (score, *(score["others"][name] for name in others))),
             f"{score['divergence']:.4f}",
@@ -110,7 +124,8 @@ def _evaluation(results: dict[str, Any]) -> str:
         "## What it costs\n\n"
         f"Teacher-forced on held-out text ({used['rows']} texts of {used['length']} tokens, {used['items']} retrieval "
         f"items a cell; {results['hardware']}, eviction by the {results['eviction']}, seed {results['seed']}, "
-        f"{results['date']}). Pass-keys are in a template that training uses, unseen facts in templates and words that "
+        f"{results['date']}; in brackets 95 % intervals, over texts and over the facts that dense finds). Pass-keys "
+        "are in a template that training uses, unseen facts in templates and words that "
         "it does not. Nothing that is measured was trained on"
         + ("; each text has an offset of its own to the same ratio" if used["same_ratio"] else "")
         + ("; longer rows have the offset of the shorter, and so another ratio" if used["long_lengths"] else "")
@@ -118,6 +133,22 @@ def _evaluation(results: dict[str, Any]) -> str:
         + table(header, rows)
         + "\n"
     )
+
+
+def _rise(text: dict[str, Any]) -> str:
+    """The rise of perplexity and its interval."""
+    rise = f"{text['perplexity'] / text['perplexity_dense'] - 1:+.1%}"
+    return rise if text["rise"] is None else f"{rise} ({text['rise'][0]:+.1%} to {text['rise'][1]:+.1%})"
+
+
+def _kept(retrieval: dict[str, dict[str, Any]]) -> str:
+    """Of all facts that dense finds and training could not have shown, the share that is still found."""
+    cells = [cell for kind, cell in retrieval.items() if kind in NEVER_TRAINED and cell["dense_right"]]
+    if not cells:
+        return ""
+    whole = sum(cell["dense_right"] for cell in cells)
+    found = wilson(round(sum(cell["kept"] * cell["dense_right"] for cell in cells)), whole)
+    return f"{found.value:.0%} of {whole} ({found.low:.0%} to {found.high:.0%})"
 
 
 def _over_dense(text: dict[str, Any], score: dict[str, Any]) -> str:

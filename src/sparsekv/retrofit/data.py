@@ -83,7 +83,8 @@ def _schedule(weights: Sequence[float], count: int) -> tuple[np.ndarray, np.ndar
 
 def _rows(found: Documents, tokenizer: PreTrainedTokenizerBase, hay: list[str], length: int) -> Rows:
     if found.source.kind == "retrieval":
-        return _Retrieval(ItemBuilder(hay_of(found.training or hay, tokenizer, length), tokenizer), length)
+        builder = ItemBuilder(hay_of(found.training or hay, tokenizer, length), tokenizer)
+        return _Retrieval(builder, length, grammar=found.source.grammar)
     if found.stream is not None or found.chats or found.source.kind == "self":  # which ends texts where it likes
         return _Packed(found, tokenizer, length)
     corpus = Corpus(found.training, tokenizer)
@@ -107,12 +108,12 @@ class _Retrieval:
 
     packed = False
 
-    def __init__(self, builder: ItemBuilder, length: int) -> None:
+    def __init__(self, builder: ItemBuilder, length: int, *, grammar: float) -> None:
         builder.corpus.window(np.random.default_rng(0), length)  # refuses text that is too short before any step
-        self.builder, self.length = builder, length
+        self.builder, self.length, self.grammar = builder, length, grammar
 
     def row(self, rng: np.random.Generator, number: int) -> Row:
-        return training_item(self.builder, rng, self.length).ids, np.zeros(self.length, dtype=int)
+        return training_item(self.builder, rng, self.length, grammar=self.grammar).ids, np.zeros(self.length, dtype=int)
 
 
 class _Packed:

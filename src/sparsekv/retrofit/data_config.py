@@ -17,7 +17,7 @@ _OWN = {
     "jsonl": {"names", "column", "long"},
     "huggingface": {"dataset", "subset", "split", "column", "prompt", "where", "streaming", "long"},
     "self": {"documents", "tokens", "temperature", "prompts"},
-    "retrieval": {"names"},
+    "retrieval": {"names", "grammar"},
 }
 
 
@@ -50,6 +50,8 @@ class Source:
     """The column that says which rows to keep; where it and `column` are lists, which of the texts."""
     long: str = "refuse"
     """A chat longer than a row: cut after a row, drop, or refuse. Texts are cut."""
+    grammar: float = 0.0
+    """The share of retrieval's items that the grammar makes (evals/grammar/); the others are of templates."""
     documents: int = 256
     tokens: int = 2048
     """Of each document that the model writes."""
@@ -70,6 +72,8 @@ class Source:
             raise ValueError(f"a {self.kind} source needs names: files to read, or encyclopedia")
         if self.kind == "huggingface" and self.dataset is None:
             raise ValueError("a huggingface source needs a dataset: a hub id or a folder")
+        if not 0 <= self.grammar <= 1:
+            raise ValueError(f"grammar is {self.grammar:g}; it is a share of the items, from 0 to 1")
         if self.long not in LONG:
             raise ValueError(f"long is {self.long!r}; use one of {', '.join(LONG)}")
         if min(self.documents, self.tokens) < 1 or not self.temperature > 0:
@@ -104,7 +108,7 @@ def texts_of(data: Sequence[Source]) -> list[str]:
 
 def _words(source: Source) -> str:
     if source.kind == "retrieval":
-        return "long-range retrieval"
+        return "long-range retrieval" + f" ({source.grammar:.0%} by grammar)" * (source.grammar > 0)
     if source.kind == "self":
         return "the model's own text"
     return str(source.dataset) if source.kind == "huggingface" else " + ".join(source.names)

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sparsekv.assets.texts import split
+from sparsekv.assets.texts import chat_names, fetch_chats, split
 from sparsekv.evals.corpus import load_documents
 from sparsekv.retrofit.data_config import Source
 from sparsekv.retrofit.own_text import own_text
@@ -73,6 +73,10 @@ def _halves(documents: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _chats(name: str, column: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    if name in chat_names() and not Path(name).exists():
+        for number, chat in enumerate(fetch_chats(name)):
+            yield render(chat, tokenizer, where=f"chat {number} of {name}")
+        return
     try:
         lines = Path(name).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

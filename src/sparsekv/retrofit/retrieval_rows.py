@@ -2,11 +2,13 @@
 look-ups among many entries of one template; variable chains. In some the facts are all told long before the question.
 
 Without it retrieval is lost at any ratio above 3: ordinary text hardly ever asks for a token that is a thousand back.
-The templates and words are those of evals/templates.py that the evaluation does not use.
+The templates and words are those of evals/templates.py that the evaluation does not use, or facts of the grammar's
+training part (evals/grammar/).
 """
 
 import numpy as np
 
+from sparsekv.evals.grammar.puzzles import RIVALS, SENTENCE, Part, forms_of, puzzle
 from sparsekv.evals.items import Fact, Item, ItemBuilder
 from sparsekv.evals.templates import TRAINING, Template, chain
 
@@ -28,9 +30,19 @@ TOKENS_PER_FACT = 160
 """Short rows get fewer facts."""
 TOKENS_PER_ENTRY = 64
 
+GRAMMAR_WAYS = ("direct", "direct", "two hops", "rivals", "block")
+"""Of a grammar's items, one in five each."""
+SENTENCE_SHARE = 0.5
+"""Of rivals told in sentences, the others in a block."""
+TOKENS_PER_RIVAL, TOKENS_PER_PUZZLE = 96, 512
+"""Short rows get fewer."""
 
-def training_item(builder: ItemBuilder, rng: np.random.Generator, length: int) -> Item:
-    """A random item of exactly `length` tokens (256 or more), all of it decided by `rng`."""
+
+def training_item(builder: ItemBuilder, rng: np.random.Generator, length: int, *, grammar: float = 0.0) -> Item:
+    """A random item of exactly `length` tokens (256 or more), all of it decided by `rng`. grammar: the share of items
+    that the grammar makes, without what it keeps for the evaluation; the others are of templates."""
+    if grammar and rng.random() < grammar:
+        return grammar_item(builder, rng, length)
     style, kind = str(rng.choice(builder.styles)), rng.random()
     within = FAR if rng.random() < FAR_SHARE else 1.0
     if kind < CHAIN_SHARE:
@@ -45,6 +57,23 @@ def training_item(builder: ItemBuilder, rng: np.random.Generator, length: int) -
         questions = len(facts)
     asked = rng.permutation(len(facts))[: int(rng.integers(1, questions + 1))].tolist()
     return builder.build(rng, facts, asked=asked, length=length, style=style, within=within)
+
+
+def grammar_item(builder: ItemBuilder, rng: np.random.Generator, length: int) -> Item:
+    """Rivals or a block, one of them asked; or several facts, told directly or over two hops, all asked."""
+    style, way = str(rng.choice(builder.styles)), str(rng.choice(GRAMMAR_WAYS))
+    within = FAR if rng.random() < FAR_SHARE else 1.0
+    rivals, part = max(2, min(RIVALS, length // TOKENS_PER_RIVAL)), Part()
+    if way in ("rivals", "block"):
+        form = SENTENCE if way == "rivals" and rng.random() < SENTENCE_SHARE else str(rng.choice(forms_of(part)))
+        facts = puzzle(rng, "rivals" if way == "rivals" else "direct", form, part=part, rivals=rivals)
+        return builder.build(rng, facts, asked=[0], length=length, style=style, within=within)
+    told: list[Fact] = []
+    asked = []
+    for _ in range(int(rng.integers(1, 2 + min(MAX_FACTS, length // TOKENS_PER_PUZZLE)))):
+        asked.append(len(told))
+        told += puzzle(rng, way, SENTENCE, part=part)
+    return builder.build(rng, told, asked=asked, length=length, style=style, within=within)
 
 
 def _entries(rng: np.random.Generator) -> list[Fact]:

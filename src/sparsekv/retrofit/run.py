@@ -229,6 +229,7 @@ def _evaluate(
     about = {
         "model": config.model,
         "data": describe_data(config.data),
+        "trained_texts": texts_of(config.data),
         "eviction": settings.eviction,
         "date": time.strftime("%Y-%m-%d"),
         **provenance(model, config),
