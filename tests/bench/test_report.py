@@ -10,8 +10,8 @@ from sparsekv.bench.targets import against_targets, find
 from sparsekv.markdown import markers
 
 (BEGIN, END), (BEGIN_CPU, END_CPU) = markers(BLOCK), markers(CPU_BLOCK)
-RESULTS = Path(__file__).parents[2] / "benchmarks/results/h100.jsonl"
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results/h100.jsonl"
 
 
 @pytest.fixture
@@ -19,38 +19,30 @@ def rows():
     return [json.loads(line) for line in RESULTS.read_text().splitlines()]
 
 
-def pages(folder, text):
-    paths = [folder / "page.md", folder / "readme.md"]
-    for path in paths:
-        path.write_text(text)
-    return paths
-
-
-@pytest.mark.parametrize("name", ["docs/performance.md", "README.md"])
-def test_the_published_tables_are_those_of_the_results(tmp_path, name):
-    paths = [tmp_path / "page.md", tmp_path / "readme.md"]
-    for path, source in zip(paths, ("docs/performance.md", "README.md"), strict=True):
-        path.write_text((ROOT / source).read_text())
-    assert main([str(RESULTS), *map(str, paths)]) == 0
-    assert paths[name == "README.md"].read_text() == (ROOT / name).read_text()
+def test_the_published_tables_are_those_of_the_results(tmp_path):
+    page, source = tmp_path / "page.md", ROOT / "docs/performance.md"
+    page.write_text(source.read_text())
+    assert main([str(RESULTS), str(page)]) == 0
+    assert page.read_text() == source.read_text()
 
 
 def test_only_the_block_changes(tmp_path):
-    paths = pages(tmp_path, f"before\n{BEGIN}\nSTALE\n{END}\nafter\n")
-    assert main([str(RESULTS), *map(str, paths)]) == 0
-    for path in paths:
-        text = path.read_text()
-        assert text.startswith(f"before\n{BEGIN}\n")
-        assert text.endswith(f"\n{END}\nafter\n")
-        assert "STALE" not in text
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nSTALE\n{END}\nafter\n")
+    assert main([str(RESULTS), str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n")
+    assert text.endswith(f"\n{END}\nafter\n")
+    assert "STALE" not in text
 
 
 @pytest.mark.parametrize("text", ["none", f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
 def test_a_page_without_markers_is_left_alone(tmp_path, capsys, text):
-    paths = pages(tmp_path, text)
-    assert main([str(RESULTS), *map(str, paths)]) == 2
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    assert main([str(RESULTS), str(page)]) == 2
     assert "once each" in capsys.readouterr().err
-    assert [path.read_text() for path in paths] == [text, text]
+    assert page.read_text() == text
 
 
 def test_verdicts_follow_the_measurement(rows):
@@ -84,60 +76,3 @@ def test_the_page_of_a_cpu_has_a_line_a_measurement_with_every_run(tmp_path):
     assert text.endswith(f"\n{END_CPU}\nafter\n")
     assert "| a token after 4000 | random-marks | 4.10 | 10.0 | 8.0 | 1.25 | 1.25, 0.50, 1.50 |" in text
     assert "| read 2048 tokens | random-marks | 4.00 | 9.0 | 12.0 | 0.75 | 0.75 |" in text
-
-
-def _served(rows):
-    shared = {"bench": "serve", "shape": "qwen3-8b", "rows": 64, "memory": 40 * 2**30, "seed": 0, "commit": "abc"}
-    shared |= {"hardware": "a GPU", "torch": "2", "samples": 1, "sampling": "greedy", "requests": 64}
-    return [
-        *rows,
-        shared | {"work": "start", "ratio": 8, "start_s": 41.2, "first_requests_s": 3.0},
-        shared
-        | {"work": "short-greedy", "ratio": 8, "prompt": 256, "output": 256, "seconds": 2.44}
-        | {"tokens_per_s": 6700.0, "ratio_held": 3.9},
-        shared
-        | {"work": "churn-8", "ratio": 8, "prompt": 256, "output": [64, 447], "seconds": 33.0}
-        | {"requests": 512, "tokens_per_s": 3972.0, "ratio_held": 4.5},
-        shared
-        | {"work": "arrivals-8", "ratio": 8, "prompt": 256, "output": [64, 447], "seconds": 21.0}
-        | {"tokens_per_s": 1000.0, "ratio_held": 4.5, "arrivals": 10.0, "gap_ms_median": 8.0, "gap_ms_p99": 15.0}
-        | {"first_ms_median": 20.0, "first_ms_p99": 30.0},
-        shared
-        | {"work": "long-1", "ratio": 1, "prompt": 1024, "output": 4096, "seconds": 70.0}
-        | {"requests": 57, "tokens_per_s": 3000.0, "ratio_held": 1.0},
-        shared
-        | {"work": "long-8", "ratio": 8, "prompt": 1024, "output": 4096, "seconds": 110.0, "rows": 384}
-        | {"requests": 384, "tokens_per_s": 13500.0, "ratio_held": 6.0},
-    ]
-
-
-def test_what_was_measured_end_to_end_takes_the_place_of_steps_in_the_readme(rows, tmp_path):
-    results = tmp_path / "results.jsonl"
-    results.write_text("".join(json.dumps(row) + "\n" for row in _served(rows)))
-    page, readme = pages(tmp_path, f"before\n{BEGIN}\nSTALE\n{END}\nafter\n")
-    assert main([str(results), str(page), str(readme)]) == 0
-    text = readme.read_text()
-    assert "| qwen3-8b | start of an engine, 64 sequences at once | 8 | 41 | - | 106.0 |" in text
-    assert "| qwen3-8b | 64 x (256, 256), greedy, 64 at once | 8 | 2.4 | 6,700 | 2.6 |" in text
-    assert "| qwen3-8b | 512 x (256, 64 to 447), greedy, 64 at once | 8 | 33.0 | 3,972 | 30.5 |" in text
-    assert "10 a second | 8 | 21.0 | 1,000 | - |" in text
-    assert "40 GiB of keys and values ratio 8 gives 4.5 times the tokens per second of dense (384 requests" in text
-    assert "One decode step" not in text
-    assert "## Decode step" in page.read_text()
-    assert "| churn-8 | qwen3-8b | 512 x (256, 64 to 447), greedy, 64 at once | 4.50 | 33.00 | 3,972 | 30.50 | - |" in (
-        page.read_text()
-    )
-    verdicts = {line[0]: line[-1] for line in against_targets(_served(rows))}
-    assert verdicts["start of an engine"] == verdicts["end to end, short-greedy"] == "met"
-    assert verdicts["end to end, churn-8"] == verdicts["end to end, long-1"] == "missed"
-    assert verdicts["end to end, tokens per second in 40 GiB, ratio 8 against dense"] == "met"
-    assert verdicts["time between tokens while prompts arrive, p99 over median"] == "met"
-
-
-def test_without_such_rows_the_readme_has_the_steps(rows, tmp_path):
-    page, readme = pages(tmp_path, f"{BEGIN}\n{END}\n")
-    results = tmp_path / "results.jsonl"
-    steps = [row for row in rows if "work" not in row]
-    results.write_text("".join(json.dumps(row) + "\n" for row in steps))
-    assert main([str(results), str(page), str(readme)]) == 0
-    assert "One decode step of the Qwen3-8B shape" in readme.read_text()

@@ -1,10 +1,7 @@
-"""The tables of docs/performance.md, and the short one of the README, from a results file:
-python -m sparsekv.bench.report benchmarks/results/h100.jsonl docs/performance.md README.md
+"""The tables of docs/performance.md: python -m sparsekv.bench.report RESULTS.jsonl PAGE.md
 
-With one page, the table of whole forwards on a CPU, which `make bench-cpu` measures:
-python -m sparsekv.bench.report benchmarks/results/cpu.jsonl docs/performance.md
-
-Only the blocks between the markers are rewritten.
+benchmarks/results/h100.jsonl, which bench.suite measures, makes the table of a GPU; benchmarks/results/cpu.jsonl, which
+`make bench-cpu` measures, that of whole forwards on a CPU. Only the block between its markers is rewritten.
 """
 
 import json
@@ -14,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sparsekv.bench.targets import VLLM, VLLM_SERVE, Row, against_targets, served, size
+from sparsekv.bench.targets import VLLM, Row, against_targets, size
 from sparsekv.bench.timing import median
 from sparsekv.markdown import replaced, table
 
@@ -30,23 +27,18 @@ GROUPS = {
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 and one sentence for a user's mistake."""
-    if len(arguments) not in (2, 3):
-        print("usage: python -m sparsekv.bench.report RESULTS.jsonl PAGE.md [README.md]", file=sys.stderr)
+    if len(arguments) != 2:
+        print("usage: python -m sparsekv.bench.report RESULTS.jsonl PAGE.md", file=sys.stderr)
         return 2
-    results, page, *readme = (Path(argument) for argument in arguments)
+    results, page = (Path(argument) for argument in arguments)
     try:
         rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-        name = BLOCK if readme else CPU_BLOCK
-        if readme:
-            blocks = {page: full(rows), readme[0]: brief(rows)}
-        else:
-            blocks = {page: plain(rows)}
-        texts = {path: replaced(path, block, name=name) for path, block in blocks.items()}
+        on_cpu = any("marks" in row for row in rows)
+        text = replaced(page, plain(rows) if on_cpu else full(rows), name=CPU_BLOCK if on_cpu else BLOCK)
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
     return 0
 
 
@@ -75,95 +67,6 @@ def plain(rows: list[Row]) -> str:
         f"{first['transformers']}, commit {first['commit']}; medians of each run, then over runs with a seed each.\n\n"
         + table(head, lines)
     )
-
-
-def brief(rows: list[Row]) -> str:
-    """For the README: whole workloads end to end, or decode steps alone where those were not measured."""
-    targets, found = against_targets(rows), served(rows)
-    parts = [*(_end_to_end(found) if found else _steps_alone(rows))]
-    parts.append(f"Of {len(targets)} targets {_verdicts(targets)}: [all of them](docs/performance.md).")
-    return "\n\n".join(parts)
-
-
-def _steps_alone(rows: list[Row]) -> Iterable[str]:
-    head = (
-        "batch x context",
-        "ratio 8",
-        "its roofline",
-        "over it",
-        "dense, same engine",
-        "vLLM 0.26.0 BF16*",
-        "vLLM 0.26.0 FP8*",
-    )
-    lines = [row for row in _step_lines(rows) if row[0] == "qwen3-8b"]
-    yield (
-        f"One decode step of the Qwen3-8B shape, random weights, {rows[0]['hardware']}, in ms (commit "
-        f"{rows[0]['commit']}):"
-    )
-    yield table(head, [(*line[1:5], line[6], line[8], line[9]) for line in lines])
-    yield (
-        "*Constants measured elsewhere on the same kind of GPU, not in this run. Ours end with the logits, and at "
-        "ratio 8 hold an eighth of the keys and values; vLLM holds all."
-    )
-
-
-def _end_to_end(found: dict[str, Row]) -> Iterable[str]:
-    """One line a workload: seconds and tokens per second, beside another engine's."""
-    first = next(iter(found.values()))
-    yield (
-        f"Requests in, tokens out, by the clock on the wall, prompts and sampling included (`sparsekv bench serve`): "
-        f"random weights, {first['hardware']}, commit {first['commit']}."
-    )
-    lines = []
-    for work, r in found.items():
-        theirs = VLLM_SERVE.get(work)
-        if work == "start":
-            what, figures = f"start of an engine, {r['rows']} sequences at once", (f"{r['start_s']:.0f}", "-")
-        else:
-            what, figures = _work(r), (f"{r['seconds']:.1f}", f"{r['tokens_per_s']:,.0f}")
-        lines.append((r["shape"], what, f"{r['ratio']:g}", *figures, f"{theirs:.1f}" if theirs else "-"))
-    yield table(("shape", "work", "ratio", "s", "tokens/s", "vLLM 0.26.0 BF16, s*"), lines)
-    yield "*Constants for the same requests, dense, measured on the same kind of GPU, not in this run."
-    if {"long-1", "long-8"} <= found.keys():
-        few, many = found["long-1"], found["long-8"]
-        yield (
-            f"In the same {many['memory'] >> 30} GiB of keys and values ratio 8 gives "
-            f"{many['tokens_per_s'] / few['tokens_per_s']:.1f} times the tokens per second of dense "
-            f"({many['requests']} requests at once, and {few['requests']})."
-        )
-
-
-def _work(r: Row) -> str:
-    """ "512 x (256, 64 to 447), greedy"."""
-    low_high = r["output"] if isinstance(r["output"], list | tuple) else (r["output"],)
-    sizes = f"{r['requests'] * r['samples']} x ({r['prompt']}, {' to '.join(map(str, low_high))})"
-    arriving = f", {r['arrivals']:g} a second" if "arrivals" in r else f", {r['rows']} at once"
-    return f"{sizes}, {r['sampling']}{arriving}"
-
-
-def _serving(found: dict[str, Row]) -> Iterable[str]:
-    """Wall-clock times of whole workloads."""
-    if not found:
-        return
-    yield (
-        "## End to end\n\nThrough `LLM`, prompts, sampling and scheduling included (`sparsekv bench serve`). vLLM "
-        "0.26.0: constants for the same requests, dense, not of this run."
-    )
-    if "start" in found:
-        start = found["start"]
-        yield (
-            f"The slowest start of an engine here took {start['start_s']:.0f} s ({start['shape']}, ratio "
-            f"{start['ratio']:g}); vLLM's {VLLM_SERVE['start']} s without compile caches."
-        )
-    lines = []
-    for work, r in found.items():
-        if work != "start":
-            gaps = f"{r['gap_ms_median']:.1f}, {r['gap_ms_p99']:.1f}" if "gap_ms_p99" in r else "-"
-            theirs = f"{VLLM_SERVE[work]:.2f}" if work in VLLM_SERVE else "-"
-            figures = (f"{r['ratio_held']:.2f}", f"{r['seconds']:.2f}", f"{r['tokens_per_s']:,.0f}")
-            lines.append((work, r["shape"], _work(r), *figures, theirs, gaps))
-    head = ("work", "shape", "requests x (in, out)", "ratio held", "s", "tokens/s", "vLLM BF16, s")
-    yield table((*head, "ms between tokens, median and p99"), lines)
 
 
 def full(rows: list[Row]) -> str:
@@ -202,7 +105,6 @@ def full(rows: list[Row]) -> str:
         "the same without an untied embedding, of which a step reads a row a token. vLLM 0.26.0: constants, not of "
         "this run. Dense held: share of the context that the dense rows held.",
         table(steps, _step_lines(rows)),
-        *_serving(served(rows)),
         "## Plain Transformers\n\nThe same decode step, dense, SDPA.",
         table(
             ("cache", "batch x context", "ms"),

@@ -129,12 +129,12 @@ def _group(works: list[Work], device: torch.device, dtype: torch.dtype, seed: in
     mark_at(model, work.ratio)
     _wait(device)
     start, begun = time.perf_counter() - begun, time.perf_counter()
-    shared = {"shape": work.shape, "ratio": work.ratio, "rows": work.rows, "memory": work.memory, "seed": seed}
-    shared |= environment(device)
+    shared = {"engine": "sparsekv", "shape": work.shape, "ratio": work.ratio, "rows": work.rows}
+    shared |= {"memory": work.memory, "seed": seed, **environment(device)}
     try:
         vocabulary = shape_of(work.shape).vocabulary
         for kind in dict.fromkeys(each.sampling for each in works):
-            llm.generate(_prompts(4, 64, vocabulary, seed), _params(kind, 16))
+            llm.generate(random_prompts(4, 64, vocabulary, seed=seed), _params(kind, 16))
         if not all(isinstance(each.output, int) for each in works):
             _shrink(llm, work.rows, vocabulary, seed)
         first = time.perf_counter() - begun
@@ -148,20 +148,20 @@ def _group(works: list[Work], device: torch.device, dtype: torch.dtype, seed: in
 
 def _shrink(llm: LLM, rows: int, vocabulary: int, seed: int) -> None:
     """A batch of every size, so that each graph that the work may want is recorded."""
-    llm.generate(_prompts(rows, 64, vocabulary, seed), [_params("greedy", 16 + i) for i in range(rows)])
+    llm.generate(random_prompts(rows, 64, vocabulary, seed=seed), [_params("greedy", 16 + i) for i in range(rows)])
 
 
 def _run(llm: LLM, work: Work, vocabulary: int, seed: int) -> dict[str, Any]:
     """Raises RuntimeError where a request did not get all its tokens: then the figure would mean nothing."""
-    draw = random.Random(seed)
-    prompts = _prompts(work.requests, work.prompt, vocabulary, seed)
-    lengths = [n if isinstance(n := work.output, int) else draw.randint(*n) for _ in prompts]
+    prompts = random_prompts(work.requests, work.prompt, vocabulary, seed=seed)
+    lengths = output_lengths(work, seed=seed)
     params = [_params(work.sampling, length, n=work.samples) for length in lengths]
     begun, times = time.perf_counter(), []
     if work.arrivals is None:
         outputs = llm.generate(prompts, params)
     else:
-        outputs, times = asyncio.run(_arrive(llm, prompts, params, rate=work.arrivals, draw=draw))
+        arriving = _arrive(llm, prompts, params, rate=work.arrivals, draw=random.Random(seed))
+        outputs, times = asyncio.run(arriving)
     seconds = time.perf_counter() - begun
     completions = [completion for output in outputs for completion in output.outputs]
     written = sum(len(completion.token_ids) for completion in completions)
@@ -215,7 +215,14 @@ def _params(sampling: str, tokens: int, n: int = 1) -> SamplingParams:
     return SamplingParams(max_tokens=tokens, ignore_eos=True, n=n, **SAMPLING[sampling])
 
 
-def _prompts(count: int, tokens: int, vocabulary: int, seed: int) -> list[list[int]]:
+def output_lengths(work: Work, *, seed: int) -> list[int]:
+    """How many tokens each request is answered with."""
+    draw, output = random.Random(seed), work.output
+    return [output if isinstance(output, int) else draw.randint(*output) for _ in range(work.requests)]
+
+
+def random_prompts(count: int, tokens: int, vocabulary: int, *, seed: int) -> list[list[int]]:
+    """Token ids of `count` prompts."""
     draw = random.Random(seed)
     return [[draw.randrange(vocabulary) for _ in range(tokens)] for _ in range(count)]
 

@@ -15,30 +15,6 @@ VLLM = {
 """Shape, batch, context -> ms of a decode step of vLLM 0.26.0 with BF16 and with FP8 keys and values. Constants,
 measured before this project on the same kind of H100 (dummy weights, CUDA graphs, FlashAttention)."""
 
-VLLM_SERVE = {
-    "start": 106,
-    "short-greedy": 2.56,
-    "short-temperature": 2.60,
-    "short-top-p": 12.4,
-    "churn-1": 30.5,
-    "churn-8": 30.5,
-    "long-1": 65.6,
-}
-"""Work of bench.serve -> seconds of vLLM 0.26.0 for the same requests, dense, on the same kind of H100, its start
-without compile caches. Constants as above."""
-
-AIMED_SERVE = {
-    "short-greedy": 2.5,
-    "short-temperature": 2.55,
-    "short-top-p": 2.6,
-    "churn-1": 30,
-    "churn-8": 27,
-    "long-1": 66,
-}
-"""Work -> seconds."""
-AIMED_CHAINS = {"chains-1": 80_000, "chains-8": 100_000}
-"""Work -> tokens per second."""
-
 LARGE, SMALL = "qwen3-8b", "llama-3.2-1b"
 AIMED_STEPS = [(8, 32768), (32, 8192), (64, 4096), (1, 8192)]
 
@@ -59,7 +35,7 @@ def size(batch: int, context: int) -> str:
 
 def against_targets(rows: list[Row]) -> list[tuple[str, str, str, str]]:
     """(what, aimed at, measured, 'met' or 'missed') for every target."""
-    return [*_kernels(rows), *_steps(rows), *_serving(rows), *_rival(rows), *_training(rows)]
+    return [*_kernels(rows), *_steps(rows), *_rival(rows), *_training(rows)]
 
 
 def _most(what: str, aim: float, measured: float, form: str = "{:.3f}x") -> tuple[str, str, str, str]:
@@ -107,37 +83,6 @@ def _steps(rows: list[Row]) -> list[tuple[str, str, str, str]]:
     out.append(_marks(step(LARGE, 8, 32768, 8)))
     used = step(LARGE, 8, 32768, 8)["used_over_live_kv_bytes"]
     out.append(_most("KV bytes used over live, 4K live tokens a head", 1.05, used, "{:.3f}x"))
-    return out
-
-
-def served(rows: list[Row]) -> dict[str, Row]:
-    """The end-to-end rows by work, as far as they were measured; of several starts, the longest."""
-    found: dict[str, Row] = {}
-    for row in rows:
-        if row["bench"] == "serve" and "work" in row:
-            before = found.get(row["work"])
-            if before is None or row.get("start_s", 0) > before.get("start_s", 0):
-                found[row["work"]] = row
-    return found
-
-
-def _serving(rows: list[Row]) -> list[tuple[str, str, str, str]]:
-    """Only what was measured: these rows take longer than all others together."""
-    found, out = served(rows), []
-    if "start" in found:
-        out.append(_most("start of an engine", 60, found["start"]["start_s"], "{:.0f} s"))
-    for work, aim in AIMED_SERVE.items():
-        if work in found:
-            out.append(_most(f"end to end, {work}", aim, found[work]["seconds"], "{:.2f} s"))
-    if {"long-1", "long-8"} <= found.keys():
-        more, fewer = (found[work]["tokens_per_s"] for work in ("long-8", "long-1"))
-        out.append(_least("end to end, tokens per second in 40 GiB, ratio 8 against dense", 4, more / fewer))
-    for work, aim in AIMED_CHAINS.items():
-        if work in found:
-            out.append(_least(f"end to end, {work}, tokens per second", aim, found[work]["tokens_per_s"], "{:,.0f}"))
-    if "arrivals-8" in found:
-        ratio = found["arrivals-8"]["gap_ms_p99"] / found["arrivals-8"]["gap_ms_median"]
-        out.append(_most("time between tokens while prompts arrive, p99 over median", 2, ratio, "{:.2f}x"))
     return out
 
 
