@@ -136,7 +136,7 @@ def _group(works: list[Work], device: torch.device, dtype: torch.dtype, seed: in
         for kind in dict.fromkeys(each.sampling for each in works):
             llm.generate(random_prompts(4, 64, vocabulary, seed=seed), _params(kind, 16))
         if not all(isinstance(each.output, int) for each in works):
-            _shrink(llm, work.rows, vocabulary, seed)
+            _all_sizes(llm, work, vocabulary, seed)
         first = time.perf_counter() - begun
         yield {"bench": "serve", "work": "start", "start_s": start, "first_requests_s": first, **shared}
         for each in works:
@@ -146,9 +146,13 @@ def _group(works: list[Work], device: torch.device, dtype: torch.dtype, seed: in
         detach(model)
 
 
-def _shrink(llm: LLM, rows: int, vocabulary: int, seed: int) -> None:
-    """A batch of every size, so that each graph that the work may want is recorded."""
-    llm.generate(random_prompts(rows, 64, vocabulary, seed=seed), [_params("greedy", 16 + i) for i in range(rows)])
+def _all_sizes(llm: LLM, work: Work, vocabulary: int, seed: int) -> None:
+    """A batch of every size and some prompts at once, so that each graph that the work may want is recorded."""
+    llm.generate(
+        random_prompts(work.rows, 64, vocabulary, seed=seed), [_params("greedy", 16 + i) for i in range(work.rows)]
+    )
+    for count in range(1, 9):
+        llm.generate(random_prompts(count, work.prompt, vocabulary, seed=seed), _params("greedy", 1))
 
 
 def _run(llm: LLM, work: Work, vocabulary: int, seed: int) -> dict[str, Any]:

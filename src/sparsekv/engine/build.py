@@ -11,6 +11,7 @@ from sparsekv.cache.pages import human_bytes, parse_bytes
 from sparsekv.cache.state import HeadShape
 from sparsekv.engine.config import EngineConfig
 from sparsekv.engine.device.cache import EngineCache
+from sparsekv.engine.device.chunk_graphs import SEQUENCES, SIZES, ChunkGraphs
 from sparsekv.engine.device.graphs import DecodeGraphs, buckets_up_to, compiled_decode, why_not_recordable
 from sparsekv.engine.device.memory import check_page_size, table_bytes, working_bytes
 from sparsekv.engine.device.runner import Runner
@@ -46,8 +47,9 @@ def build_engine(model: PreTrainedModel, config: EngineConfig, *, tokenizer: Any
     if device.type == "cuda":
         windows = [policy.window(layer) for layer, policy in enumerate(policies)]
         beside = table_bytes(windows=windows, kv_heads=shape.kv_heads, rows=config.max_num_seqs, columns=columns)
-        sizes = buckets_up_to(config.max_num_seqs)
-        beside += working_bytes(model, rows=config.max_num_seqs, tokens=config.max_num_batched_tokens, sizes=sizes)
+        sizes = [*buckets_up_to(config.max_num_seqs), *[SEQUENCES] * len(SIZES)]
+        tokens = config.max_num_batched_tokens + SIZES[-1]  # a graph keeps its activations
+        beside += working_bytes(model, rows=config.max_num_seqs, tokens=tokens, sizes=sizes)
     free, share = free_memory(device) - beside, GPU_SHARE if device.type == "cuda" else CPU_SHARE
     ragged = allocate(
         policies,
@@ -69,7 +71,7 @@ def build_engine(model: PreTrainedModel, config: EngineConfig, *, tokenizer: Any
     graphs = _graphs(model, cache, config, max_tokens=length)
     asynchronous = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
     return Engine(
-        Runner(model, cache, graphs=graphs),
+        Runner(model, cache, graphs=graphs, chunk_graphs=_chunk_graphs(graphs, max_tokens=length)),
         Scheduler(ledger, rows=ragged.rows, max_tokens=config.max_num_batched_tokens, ratio=ratio),
         max_model_len=length,
         vocab=model.config.get_text_config(decoder=True).vocab_size,
@@ -141,3 +143,10 @@ def _graphs(
     with torch.no_grad():
         sizes = buckets_up_to(cache.ragged.rows)
         return DecodeGraphs(compiled_decode(model, cache), cache, sizes=sizes, max_tokens=max_tokens)
+
+
+def _chunk_graphs(graphs: DecodeGraphs | None, *, max_tokens: int) -> ChunkGraphs | None:
+    """For policies of which chunks can be padded."""
+    if graphs is None or not all(policy.pads_chunks for policy in graphs.cache.executor.policies):
+        return None
+    return ChunkGraphs(graphs.forward, graphs.cache, pool=graphs.pool, max_tokens=max_tokens)

@@ -61,7 +61,7 @@ class Batch:
     """Which rows a packed call is about: tokens `starts[i] .. starts[i + 1] - 1` belong to row `rows[i]`."""
 
     rows: Tensor
-    """int64 [B], distinct; -1 for the padded places of a CUDA graph, in a decode step only: nothing is done there."""
+    """int64 [B], distinct; -1 for the padded places of a CUDA graph: nothing is done there."""
     starts: Tensor
     """int32 [B + 1]."""
     longest: int

@@ -115,6 +115,8 @@ class Policy:
     """Whether it holds less than it has seen."""
     recordable: ClassVar[bool] = True
     """Whether its decode step can be recorded in a CUDA graph: tensor operations alone, of sizes known beforehand."""
+    pads_chunks: ClassVar[bool] = True
+    """Whether what it does with chunks leaves sequences of row -1 alone, so that they too can be recorded, padded."""
     page_size: int | None = None
     """Slots of a page, where the method needs so many; None leaves it to the cache."""
     lag: int = 0

@@ -29,6 +29,7 @@ class DMCPolicy(DMSPolicy):
     """
 
     name = "dmc"
+    pads_chunks = False
 
     def __init__(
         self, sources: Sequence[Callable[[Tensor], Tensor] | None], *, reach: int = 12, offset: float = 0.0

@@ -21,6 +21,7 @@ class H2OPolicy(BudgetPolicy):
 
     name = "h2o"
     weighs = True
+    pads_chunks = False
     ranks_by_weights = True
 
     def state(self, shape: HeadShape) -> list[State]:

@@ -36,6 +36,7 @@ class QuestPolicy(Policy):
     """
 
     name = "quest"
+    pads_chunks = False
     masks = False
     frees = False
     selects = True
@@ -61,6 +62,7 @@ class DMSQuestPolicy(DMSPolicy):
     """
 
     name = "dms-quest"
+    pads_chunks = False
     masks = False
     selects = True
 

@@ -4,8 +4,6 @@ A graph reads static buffers: token ids, positions and rows. A step smaller than
 the kernels skip. Lengths, page tables and the offset live in tensors that never move, so nothing is ever re-recorded.
 """
 
-import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,15 +15,11 @@ from sparsekv.attend import Part
 from sparsekv.engine.device.cache import EngineCache
 from sparsekv.engine.device.merge import lay_end_to_end, merge
 from sparsekv.engine.device.products import with_own_products
+from sparsekv.engine.device.recording import record
 from sparsekv.engine.device.regions import CompiledForward
 from sparsekv.ops.layout import Batch
 from sparsekv.ops.linear import workspace_for
 from sparsekv.policies import Policy
-
-log = logging.getLogger(__name__)
-
-WARM_UPS = 2
-"""Runs before recording: compilation, and kernels' own first-time work."""
 
 INDUCTOR = {"combo_kernels": True, "triton.enable_pdl": True}
 """Kernels that do not depend on each other become one (norms and RoPE of q and of k), and kernels start before those in
@@ -61,7 +55,7 @@ class DecodeGraphs:
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.forward = forward
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self.pool = torch.cuda.graph_pool_handle()
         self._sizes = sorted(sizes)
         self._graphs[rows] = self._record(rows)
 
@@ -81,22 +75,10 @@ class DecodeGraphs:
         return logits[:count]
 
     def _record(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        begun = time.perf_counter()
         self.rows.fill_(-1)  # the warm-ups run for real
         self.cache.parts = (self._part(size), None)
         ids, positions = self.ids[:, :size], self.positions[:, :size]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self.forward(ids, positions)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self.forward(ids, positions)
-        log.info("recorded a decode graph for a batch of %d in %.1f s", size, time.perf_counter() - begun)
-        return graph, logits
+        return record(lambda: self.forward(ids, positions), pool=self.pool, what=f"decodes of {size} sequences")
 
     def _part(self, size: int) -> Part:
         batch = Batch(rows=self.rows[:size], starts=self.starts[: size + 1], longest=1)

@@ -1,8 +1,9 @@
 """Runs what the scheduler decided. It alone touches the device.
 
 A step is one packed forward [1, T]: the last token of each decoding row, which never leaves the device, then chunks of
-prompts. With CUDA graphs it is two: decodes replay theirs whatever else comes, and chunks follow, compiled. Nothing
-here waits for the device but Pending.result() and the operations that change rows: release, fork, swap.
+prompts. With CUDA graphs it is two: decodes replay theirs whatever else comes, and chunks follow in one of their own,
+or compiled where there are many tokens. Nothing here waits for the device but Pending.result() and the operations that
+change rows: release, fork, swap.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from sparsekv.attend import Part
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.cache.swap import SwappedRow, swap_in, swap_out
 from sparsekv.engine.device.cache import EngineCache
+from sparsekv.engine.device.chunk_graphs import ChunkGraphs
 from sparsekv.engine.device.graphs import DecodeGraphs
 from sparsekv.engine.device.history import TokenHistory
 from sparsekv.engine.device.limits import banned, forced
@@ -78,8 +80,8 @@ class Pending:
 
 
 class Runner:
-    """model: attached, in evaluation mode; cache: over rows that are all empty; graphs: for decodes; forward: compiled,
-    for all else, that of the graphs where there are any; None = the model as it is."""
+    """model: attached, in evaluation mode; cache: over rows that are all empty; graphs: for decodes; chunk_graphs: for
+    short chunks; forward: compiled, for all else, that of the graphs where there are any; None = the model as it is."""
 
     def __init__(
         self,
@@ -87,6 +89,7 @@ class Runner:
         cache: EngineCache,
         *,
         graphs: DecodeGraphs | None = None,
+        chunk_graphs: ChunkGraphs | None = None,
         forward: CompiledForward | None = None,
     ) -> None:
         self.model: Any = model
@@ -94,6 +97,7 @@ class Runner:
         self.ragged: RaggedCache = cache.ragged
         self.device = self.ragged.lengths.device
         self.graphs = graphs
+        self.chunk_graphs = chunk_graphs
         self.forward = graphs.forward if graphs is not None else forward
         self.history = TokenHistory(self.ragged.rows, self.device)
         self.last_token = torch.zeros(self.ragged.rows, dtype=torch.int64, device=self.device)
@@ -124,23 +128,32 @@ class Runner:
     def _logits(self, rows: Tensor, positions: Tensor, chunks: list[Chunk], *, most: int) -> Tensor:
         """Logits [samples' sources, vocab]: of each decode, and of the last token of each prompt that is complete; then
         of the tokens that chunks score. most: at least the tokens of any decoding sequence."""
-        if self.graphs is None or not len(rows):
+        if self.graphs is None:
             return self._packed(rows, positions, chunks, most=most)
-        logits = self.graphs.run(self.last_token[rows], rows, positions)
-        if not chunks:
-            return logits
-        return torch.cat([logits, self._packed(rows[:0], positions[:0], chunks, most=most)])
+        found = [self.graphs.run(self.last_token[rows], rows, positions)] if len(rows) else []
+        if chunks:
+            found.append(self._prompts(chunks))
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    def _prompts(self, chunks: list[Chunk]) -> Tensor:
+        """As _logits, of chunks beside recorded decodes."""
+        part, ids, positions, keep = self._chunks(chunks, 0)
+        logits = None if self.chunk_graphs is None else self.chunk_graphs.run(part, ids, positions, keep)
+        if logits is None:
+            self.cache.parts = (None, part)
+            logits = self._run(ids[None], positions[None], keep)
+        self._finish_prompts(chunks)
+        return logits
 
     def _packed(self, rows: Tensor, positions: Tensor, chunks: list[Chunk], *, most: int) -> Tensor:
         """As _logits, in one forward."""
         n, ids = len(rows), self.last_token[rows]
         keep = torch.arange(n, device=self.device)
-        decode = None
+        decode = prefill = None
         if n:
             starts = torch.arange(n + 1, dtype=torch.int32, device=self.device)
             batch = Batch(rows=rows, starts=starts, longest=1)
             decode = Part(batch=batch, seen=positions.int(), tokens=n, most=most)
-        prefill = None
         if chunks:
             prefill, new_ids, new_positions, ends = self._chunks(chunks, n)
             ids, positions = torch.cat([ids, new_ids]), torch.cat([positions, new_positions])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparsekv.ops.layout import Batch, LayerPages, PoolExhausted, ring_positions
+from sparsekv.ops.layout import Batch, LayerPages, PoolExhausted, batch_of, ring_positions
 
 
 def align_marks(layer: LayerPages, batch: Batch, decisions: Tensor, lag: int) -> Tensor:
@@ -77,7 +77,14 @@ def place_one(
 
 
 def place_many(layer: LayerPages, batch: Batch, k: Tensor, v: Tensor, marks: Tensor | None) -> None:
-    """Any number of tokens for each of `batch.rows`; the result is that of single steps."""
+    """Any number of tokens for each of `batch.rows`, none for -1; the result is that of single steps."""
+    real = batch.rows >= 0
+    if not real.all():
+        token = torch.repeat_interleave(real, batch.counts)
+        batch = batch_of(batch.rows[real], batch.counts[real].tolist())
+        k, v, marks = k[token], v[token], None if marks is None else marks[token]
+        if not len(batch.rows):
+            return
     rows, counts, window = batch.rows, batch.counts, layer.window
     step = torch.arange(batch.longest, device=k.device)
     valid = step < counts[:, None]  # [B, S]
