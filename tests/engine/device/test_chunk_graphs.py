@@ -85,6 +85,19 @@ def test_an_empty_step_writes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, _contents(cache.ragged), strict=True))
 
 
+def test_a_short_step_after_a_long_one_asks_for_its_own_tokens_alone() -> None:
+    buffers = PaddedChunks(torch.device("cpu"), max_tokens=99)
+    for tokens, chunks, size in ((60, 3, 64), (20, 2, 32)):
+        batch = batch_of(torch.arange(chunks), [tokens // chunks] * chunks)
+        part = Part(batch=batch, seen=torch.zeros(chunks).int(), tokens=tokens, most=99)
+        ids = torch.arange(tokens)
+        buffers.fill(part, ids, ids, batch.starts[1:].long() - 1, size=size)
+        part, _, _, keep = buffers.forward_of(size)
+        assert int(keep.max()) == tokens - 1
+        assert part.batch.rows[chunks:].eq(-1).all()
+        assert part.batch.starts[chunks + 1 :].eq(size).all()
+
+
 @pytest.mark.parametrize(("tokens", "chunks", "kept"), [(SIZES[-1] + 1, 1, 1), (64, SEQUENCES, 0), (64, 1, SEQUENCES)])
 def test_what_has_no_graph_is_left_to_the_caller(tokens: int, chunks: int, kept: int) -> None:
     cache = engine(attached("dms")).engine.runner.cache

@@ -37,6 +37,7 @@ class PaddedChunks:
         self.rows.fill_(-1)
         self.starts.fill_(size)
         self.starts[:1] = 0
+        self.keep.zero_()  # of a longer step they would lie beyond this one
 
     def fill(self, part: Part, ids: Tensor, positions: Tensor, keep: Tensor, *, size: int) -> None:
         """part: B < SEQUENCES chunks; ids, positions: int64 [T], T <= size; keep: int64 [n], n < SEQUENCES."""
