@@ -112,7 +112,7 @@ def _make(name: str, cell: Cell) -> Made:
     begun = time.monotonic()
     try:
         return Made(name=name, lines=cell(), seconds=_since(begun))
-    except Exception as error:  # whatever it is, the other cells are worth having
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other cells are worth having
         told = f"{type(error).__name__}: {error}"
         return Made(name=name, seconds=_since(begun), error=told, traceback=traceback.format_exc())
 
