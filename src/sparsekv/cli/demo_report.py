@@ -109,11 +109,8 @@ def rewrite_readme(readme: Path, block: str) -> None:
 
 def _name(run: dict[str, Any]) -> str:
     """ "dense", "DMS 4x" """
-    return (
-        run["policy"]
-        if run["policy"] == "dense"
-        else f"{_NAMES.get(run['policy'], run['policy'])} {run['ratio_asked']:g}x"
-    )
+    name = _NAMES.get(run["policy"], run["policy"])
+    return name if name == "dense" else f"{name} {run['ratio_asked']:g}x"
 
 
 def _shortened(answer: str, length: int = 12) -> str:

@@ -1,8 +1,8 @@
 """The demo's measurement: one model reads, predicts, answers and continues, and the allocator is asked after each step.
 
-Reading goes in chunks and the continuation is scored in chunks too (the same as token by token, which is how it goes for
-a method that prunes the text that was read); answering is greedy decoding, one token a step, and the only part that is
-timed and whose reads are counted.
+Reading goes in chunks and the continuation is scored in chunks too (the same as token by token, which is how it goes
+for a method that prunes the text that was read); answering is greedy decoding, one token a step, and the only part that
+is timed and whose reads are counted.
 """
 
 import math
@@ -104,7 +104,8 @@ def _score(
     before: Tensor,
     growth: list[tuple[int, int]],
 ) -> float:
-    """Mean negative log-likelihood of ids, int64 [1, n] each, given what the cache holds. before: logits of the first."""
+    """Mean negative log-likelihood of ids, int64 [1, n] each, given what the cache holds. before: the logits that predict
+    the first."""
     total, count = 0.0, 0
     for chunk in chunks:
         ids = chunk[0].to(model.device)
