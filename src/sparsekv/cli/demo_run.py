@@ -104,8 +104,8 @@ def _score(
     before: Tensor,
     growth: list[tuple[int, int]],
 ) -> float:
-    """Mean negative log-likelihood of ids, int64 [1, n] each, given what the cache holds. before: the logits that predict
-    the first."""
+    """Mean negative log-likelihood of ids, int64 [1, n] each, given what the cache holds. before: the logits that
+    predict the first."""
     total, count = 0.0, 0
     for chunk in chunks:
         ids = chunk[0].to(model.device)
