@@ -183,3 +183,9 @@ def test_unknown_cells_are_named(study: Path, capsys: pytest.CaptureFixture[str]
 def test_the_committed_study_compares_every_method_that_has_a_budget_or_an_adapter() -> None:
     study = load_study(ROOT / STUDY)
     assert set(policy_names()) - {method.policy for method in study.methods} == {"dense", "dmc"}  # none is shipped
+
+
+def test_a_page_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.jsonl").write_text("")
+    assert main(["report", str(tmp_path / "r.jsonl"), str(tmp_path / "page.md")]) == 2
+    assert f"there is no page {tmp_path / 'page.md'}; give one with the lines {BEGIN}" in capsys.readouterr().err
