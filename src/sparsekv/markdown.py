@@ -17,8 +17,11 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def replaced(page: Path, block: str, *, name: str) -> str:
-    """The page's text with another block of that name. Raises ValueError unless it has one pair of its markers."""
+    """The page's text with another block of that name. Raises ValueError unless it is there and has one pair of its
+    markers."""
     begin, end = markers(name)
+    if not page.is_file():
+        raise ValueError(f"there is no page {page}; give one with the lines {begin} and {end}")
     text = page.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{page} needs the lines {begin} and {end}, once each and in this order")

@@ -21,6 +21,7 @@ from sparsekv.markdown import markers
 BEGIN, END = markers(BLOCK)
 ARTICLES = ["Short\n\nToo short.", "Lighthouses\n\n" + TEXT * 60]
 CONTEXT, CONTINUATION, GENERATE = 300, 140, 12
+METHODS = (("dense", 1), ("dms", 5), ("random", 4), ("streaming", 4))
 
 
 class Silent:
@@ -52,7 +53,7 @@ def results(loaded, task, tmp_path_factory) -> dict:
     model, tokenizer = loaded
     adapter = write_adapter(tmp_path_factory.mktemp("adapter") / "tiny", max_position_embeddings=1024)
     return demo.measure(
-        model, tokenizer, task, adapter=str(adapter), seed=0, notes=Silent(), ratios=(1, 5), generate=GENERATE
+        model, tokenizer, task, adapter=str(adapter), seed=0, notes=Silent(), methods=METHODS, generate=GENERATE
     )
 
 
@@ -101,16 +102,27 @@ def test_a_dense_run_is_plain_transformers(loaded, task, results):
 
 
 def test_a_run_at_a_ratio_holds_and_reads_less(task, results):
-    dense, sparse = results["runs"]
+    dense, sparse, *_ = results["runs"]
     assert sparse["ratio_held"] > 1.5
     assert sparse["kv_bytes"] < dense["kv_bytes"]
     assert sparse["kv_reads"] < dense["kv_reads"] / 1.5
 
 
+def test_methods_without_training_hold_their_budget(task, results):
+    dense, _, *others = results["runs"]
+    tokens = CONTEXT + CONTINUATION + task.ask.shape[1] + GENERATE
+    budget = -(-tokens // 4)
+    for run in others:
+        assert run["ratio_held"] == pytest.approx((tokens - 1) / budget)
+        assert run["kv_reads"] == budget * (GENERATE - 1)
+        assert run["perplexity"] != dense["perplexity"]
+
+
 def test_growth_ends_at_what_is_held(task, results):
     prompt = CONTEXT + CONTINUATION + task.ask.shape[1]
-    chunks = -(-CONTEXT // CHUNK) + -(-CONTINUATION // CHUNK) + -(-task.ask.shape[1] // CHUNK)
     for run in results["runs"]:
+        scored = CONTINUATION if run["policy"] == "random" else -(-CONTINUATION // CHUNK)
+        chunks = -(-CONTEXT // CHUNK) + scored + -(-task.ask.shape[1] // CHUNK)
         tokens, sizes = zip(*run["growth"], strict=True)
         assert len(tokens) == chunks + GENERATE - 1
         assert tokens[-1] == prompt + GENERATE - 1
@@ -125,12 +137,12 @@ def test_runs_leave_the_model_as_it_was(loaded, results):
 
 def test_the_table_shows_what_was_measured(results):
     shown = rows(results)
-    assert [row[0] for row in shown] == ["dense", "5x"]
+    assert [row[0] for row in shown] == ["dense", "DMS 5x", "random 4x", "StreamingLLM 4x"]
     for row, run in zip(shown, results["runs"], strict=True):
         assert row[1] == f"{run['ratio_held']:.2f}x"
         assert row[2] == human_bytes(run["kv_bytes"])
         assert row[-1] == ("right" if run["right"] else "wrong")
-    assert table(results).row_count == 2
+    assert table(results).row_count == 4
 
 
 def test_results_survive_json_and_say_where_they_come_from(results):
@@ -180,9 +192,11 @@ def test_what_the_demo_claims_on_the_embedded_model(run, tmp_path):
     assert results == json.loads((tmp_path / "demo" / "results.json").read_text())
     for name in ("cache.png", "inspect.html", "config.yaml"):
         assert (tmp_path / "demo" / name).stat().st_size > 0
-    runs = {run["ratio_asked"]: run for run in results["runs"]}
+    runs = {run["ratio_asked"]: run for run in results["runs"] if run["policy"] in ("dense", "dms")}
+    others = [run for run in results["runs"] if run["policy"] in ("random", "streaming")]
     assert set(runs) == {1, 2, 4, 8}
-    for ratio, measured in runs.items():
+    assert [run["policy"] for run in others] == ["random", "streaming"]
+    for ratio, measured in [*runs.items(), *((4, run) for run in others)]:
         assert measured["ratio_held"] == pytest.approx(ratio, rel=0.1)
     dense = runs[1]
     assert dense["right"]
@@ -190,4 +204,5 @@ def test_what_the_demo_claims_on_the_embedded_model(run, tmp_path):
     assert runs[4]["kv_bytes"] < 0.3 * dense["kv_bytes"]
     assert runs[4]["kv_reads"] < 0.3 * dense["kv_reads"]
     assert runs[4]["perplexity"] < 1.05 * dense["perplexity"]
+    assert all(runs[4]["perplexity"] < run["perplexity"] for run in others)
     assert Path(results["adapter"]).name == demo.MODEL

@@ -1,7 +1,9 @@
-"""`sparsekv demo`: the embedded model on a CPU, dense and at ratios 2, 4 and 8. Every number is measured in the run."""
+"""`sparsekv demo`: the embedded model on a CPU, dense, with trained heads at ratios 2, 4 and 8, and with two methods
+that need no training. Every number is measured in the run."""
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,10 +20,11 @@ if TYPE_CHECKING:
     from sparsekv.cli.demo_task import Task
 
 MODEL = "smollm2-135m"
-RATIOS = (1.0, 2.0, 4.0, 8.0)
+METHODS = (("dense", 1.0), ("dms", 2.0), ("dms", 4.0), ("random", 4.0), ("streaming", 4.0), ("dms", 8.0))
+"""Policies and ratios; dense comes first."""
 PAGE_RATIO = 4.0
 """The ratio of the page that shows what was forgotten."""
-CONTEXT, CONTINUATION, GENERATE = 2048, 512, 96
+CONTEXT, CONTINUATION, GENERATE = 2048, 256, 96
 README_PICTURE = "docs/img/demo.png"
 """Where the README's picture lies, from the README's folder."""
 
@@ -34,7 +37,8 @@ def command(
     readme: Annotated[Path | None, Option(help="Rewrite the demo's block of this README, and its picture.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print results.json instead of the table.")] = False,
 ) -> None:
-    """What compression costs and saves: a small model reads, answers and continues, dense and at ratios 2, 4 and 8."""
+    """What compression costs and saves: a small model reads, answers and continues, dense and at ratios 2, 4 and 8,
+    beside random eviction and StreamingLLM."""
     from rich.console import Console
 
     from sparsekv.assets.texts import fetch_text, split
@@ -76,24 +80,30 @@ def measure(
     adapter: str,
     seed: int,
     notes: Any,
-    ratios: tuple[float, ...] = RATIOS,
+    methods: Sequence[tuple[str, float]] = METHODS,
     generate: int = GENERATE,
 ) -> dict[str, Any]:
-    """The results, JSON-ready: one run per ratio (1 = dense) of an unattached model."""
+    """The results, JSON-ready: one run of an unattached model for each policy and ratio."""
     import torch
 
     from sparsekv.cli.demo_run import run_task, warm_up
+    from sparsekv.evals.methods.setting import Setting
     from sparsekv.modeling.attach import attach, detach
+    from sparsekv.policies.registry import describe
     from sparsekv.provenance import environment
 
     runs = []
-    for ratio in ratios:
-        if ratio == 1:
-            attach(model, policy="dense")
+    tokens = sum(part.shape[1] for part in (task.context, task.continuation, task.ask)) + generate
+    for policy, ratio in methods:
+        setting = Setting(
+            policy=policy,
+            adapter=adapter if describe(policy).needs_training else None,
+            cr=None if policy == "dense" else ratio,
+        )
+        attach(model, **setting.arguments(tokens=tokens))
+        if not runs:
             warm_up(model, task)
-        else:
-            attach(model, adapter=adapter, cr=ratio)
-        with notes.status("dense" if ratio == 1 else f"ratio {ratio:g}"):
+        with notes.status("dense" if policy == "dense" else f"{policy} at {ratio:g}"):
             runs.append(asdict(run_task(model, tokenizer, task, ratio=ratio, generate=generate)))
         detach(model)
     return {

@@ -11,8 +11,10 @@ from sparsekv.cache.pages import human_bytes
 from sparsekv.markdown import replaced
 
 BLOCK = "demo"
-_COLUMNS = ("asked", "held", "KV held", "KV reads", "perplexity", "tokens/s", "answer", "")
-_LEFT = ("asked", "answer", "")
+_COLUMNS = ("method", "held", "KV held", "KV reads", "perplexity", "tokens/s", "answer", "")
+_LEFT = ("method", "answer", "")
+_NAMES = {"dms": "DMS", "streaming": "StreamingLLM"}
+"""As papers write them."""
 _INK, _SOFT, _GRID = "#1c1b19", "#6b6862", "#e3e0da"
 _COLOURS = ("#1c1b19", "#7a3410", "#b85c12", "#d98a1c")
 
@@ -22,7 +24,7 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
     dense = results["runs"][0]
     return [
         [
-            "dense" if run["ratio_asked"] == 1 else f"{run['ratio_asked']:g}x",
+            _name(run),
             f"{run['ratio_held']:.2f}x",
             human_bytes(run["kv_bytes"]),
             f"{run['kv_reads'] / 1e3:.1f} K",
@@ -46,20 +48,20 @@ def table(results: dict[str, Any]) -> Table:
 
 
 def draw(results: dict[str, Any], file: Path) -> None:
-    """Cache size against tokens, one line per ratio, as PNG."""
+    """Cache size against tokens, as PNG: a line for dense and for each ratio of DMS."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.2), dpi=160)
-    for run, colour in zip(results["runs"], _COLOURS, strict=False):
+    runs = [run for run in results["runs"] if run["policy"] in ("dense", "dms")]
+    for run, colour in zip(runs, _COLOURS, strict=False):
         tokens, sizes = zip((0, 0), *run["growth"], strict=True)
         mebibytes = [size / 2**20 for size in sizes]
         axes.plot(tokens, mebibytes, color=colour, linewidth=2)
-        name = "dense" if run["ratio_asked"] == 1 else f"ratio {run['ratio_asked']:g}"
         axes.annotate(
-            f"{name}, {mebibytes[-1]:.0f} MiB",
+            f"{_name(run)}, {mebibytes[-1]:.0f} MiB",
             (tokens[-1], mebibytes[-1]),
             xytext=(6, 0),
             textcoords="offset points",
@@ -103,6 +105,12 @@ def readme_block(results: dict[str, Any], picture: str) -> str:
 def rewrite_readme(readme: Path, block: str) -> None:
     """Replace the README's block. Raises ValueError where a marker is missing."""
     readme.write_text(replaced(readme, block, name=BLOCK), encoding="utf-8")
+
+
+def _name(run: dict[str, Any]) -> str:
+    """ "dense", "DMS 4x" """
+    name = _NAMES.get(run["policy"], run["policy"])
+    return name if name == "dense" else f"{name} {run['ratio_asked']:g}x"
 
 
 def _shortened(answer: str, length: int = 12) -> str:

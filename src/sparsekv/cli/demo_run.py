@@ -1,11 +1,13 @@
 """The demo's measurement: one model reads, predicts, answers and continues, and the allocator is asked after each step.
 
-Reading goes in chunks and the continuation is scored in chunks too (the same as token by token); answering is greedy
-decoding, one token a step, and the only part that is timed.
+Reading goes in chunks and the continuation is scored in chunks too (the same as token by token, which is how it goes
+for a method that prunes the text that was read); answering is greedy decoding, one token a step, and the only part that
+is timed and whose reads are counted.
 """
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sparsekv.cli.demo_task import Task
+from sparsekv.evals.methods.steps import needs_steps
+from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.cache import SparseCache
 
 if TYPE_CHECKING:
@@ -25,15 +29,16 @@ CHUNK = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One ratio's numbers, all measured."""
+    """One method's numbers at one ratio, all measured."""
 
+    policy: str
     ratio_asked: float
     """1 = dense."""
     ratio_held: float
     kv_bytes: int
     """Bytes of the pages in use at the end."""
     kv_reads: float
-    """Tokens attended to, averaged over layers and KV heads, summed over decode steps."""
+    """Tokens attended to, averaged over layers and KV heads, summed over the answer's decode steps."""
     perplexity: float
     """Of the text that follows the context."""
     tokens_per_second: float
@@ -50,19 +55,22 @@ def run_task(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", task: Task, *, ratio: float, generate: int
 ) -> Run:
     """Do the task with a model attached at `ratio` and decode `generate` tokens after the question."""
-    cache = SparseCache(model)
+    cache, policy = SparseCache(model), attachment_of(model).policy
     growth: list[tuple[int, int]] = []
     with torch.inference_mode():
         logits = _read(model, cache, task.context, growth)
-        loss, _ = _score(model, cache, task.continuation, logits, growth)
+        chunk = 1 if needs_steps(policy) else CHUNK
+        loss = _score(model, cache, task.continuation.split(chunk, dim=1), logits, growth)
         logits = _read(model, cache, task.ask, growth)
+        reads = cache.stats().kv_reads
         new, seconds = _decode(model, cache, logits, generate, growth)
     text, stats = str(tokenizer.decode(new)), cache.stats()
     return Run(
+        policy=policy.name,
         ratio_asked=ratio,
         ratio_held=stats.compression_ratio,
         kv_bytes=stats.bytes,
-        kv_reads=stats.kv_reads,
+        kv_reads=stats.kv_reads - reads,
         perplexity=math.exp(loss),
         tokens_per_second=(generate - 1) / seconds,
         answer=text.strip().split("\n", 1)[0],
@@ -90,17 +98,24 @@ def _read(model: "PreTrainedModel", cache: SparseCache, ids: Tensor, growth: lis
 
 
 def _score(
-    model: "PreTrainedModel", cache: SparseCache, ids: Tensor, before: Tensor, growth: list[tuple[int, int]]
-) -> tuple[float, Tensor]:
-    """Mean negative log-likelihood of ids given what the cache holds, and the last token's logits."""
-    total = 0.0
-    for chunk in ids.to(model.device).split(CHUNK, dim=1):
-        logits = model(chunk, past_key_values=cache).logits[0]
+    model: "PreTrainedModel",
+    cache: SparseCache,
+    chunks: Sequence[Tensor],
+    before: Tensor,
+    growth: list[tuple[int, int]],
+) -> float:
+    """Mean negative log-likelihood of ids, int64 [1, n] each, given what the cache holds. before: the logits that
+    predict the first."""
+    total, count = 0.0, 0
+    for chunk in chunks:
+        ids = chunk[0].to(model.device)
+        logits = model(ids[None], past_key_values=cache).logits[0]
         predicted = torch.cat([before[None], logits[:-1]]).float()
-        total += float(cross_entropy(predicted, chunk[0], reduction="sum"))
+        total += float(cross_entropy(predicted, ids, reduction="sum"))
+        count += len(ids)
         before = logits[-1]
         growth.append(_size(cache))
-    return total / ids.shape[1], before
+    return total / count
 
 
 def _decode(

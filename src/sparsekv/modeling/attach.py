@@ -54,48 +54,20 @@ def attach(
     Raises ValueError where the model cannot be attached (the sentence names the reason), is attached already, or where
     the adapter is for another model or the options do not fit.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"attach takes a Transformers model, and this is a {type(model).__name__}")
-    _check_types(policy, adapter=adapter, numbers={"cr": cr, "tokens": tokens})
-    if hasattr(model, ATTACHMENT):
-        raise ValueError("this model is attached already; call sparsekv.detach(model) first")
-    if policy is None and adapter is None:
-        raise ValueError("attach takes a policy or an adapter: pass policy=... or adapter=...")
-    if adapter is not None and policy not in (None, *TRAINED):
-        raise ValueError(
-            f"an adapter's heads are for policy 'dms' or 'dms-quest', not {policy!r}; leave out the policy"
-        )
+    _check_call(model, policy, adapter=adapter, cr=cr, tokens=tokens)
     layers = attention_layers(model)
     loaded = None
     if adapter is not None:
-        own = sorted(set(options) - ({"budget", "page_size"} if policy == "dms-quest" else set()))
-        if own:
-            raise ValueError(f"an adapter brings its own settings; leave out {', '.join(own)}")
-        if tokens is not None and cr is None:
-            raise ValueError("tokens is the length that cr is meant for; pass cr=... beside it")
-        loaded = adapters.load_adapter(adapter, model)
-        own_policy = loaded.config.policy
-        if "dmc" in (policy, own_policy) and policy not in (None, own_policy):
-            raise ValueError(
-                f"the adapter {adapter} is for policy {own_policy!r}, not {policy!r}; leave out the policy"
-            )
+        loaded = _load(model, policy, adapter=adapter, cr=cr, tokens=tokens, options=options)
         options |= loaded.config.policy_options()
         options["offset"] = 0.0 if cr is None else loaded.config.offset_for(cr, tokens=tokens)
-        policy = policy or own_policy
+        policy = policy or loaded.config.policy
+    elif policy in TRAINED and cr is not None:
+        raise ValueError(f"cr picks a ratio of trained heads: pass adapter=... beside policy={policy!r}")
     heads: dict[int, EvictionHead] = {}
     source: NeuronSource | None = None
     if policy in TRAINED:
-        if adapter is None and cr is not None:
-            raise ValueError(f"cr picks a ratio of trained heads: pass adapter=... beside policy={policy!r}")
-        source = options.pop("neuron", None)
-        if policy == "dmc":
-            source = NeuronSource() if source is None else source
-            dmc.check(layers, source)
-        elif source is not None:
-            neuron.check(layers, source)
-        else:
-            heads = {i: _new_head(layers, i) for i in layers.governed}
-        policy = _dms_policy(str(policy), layers, heads, options)
+        policy, heads, source = _trained(str(policy), layers, options)
     elif isinstance(policy, str):
         policy = make_policy(policy, cr=cr, tokens=tokens, **options)
     elif options or cr is not None:
@@ -103,11 +75,10 @@ def attach(
         raise ValueError(f"a Policy object brings its own settings; leave out {', '.join(given)}")
     assert isinstance(policy, Policy)
     check_budget(policy, layers.max_tokens)
+    lora = None
     if loaded is not None:
         loaded.copy_into(heads)
-    lora = None
-    if loaded is not None and loaded.lora:
-        lora = MergedLora(model, loaded.lora, scale=loaded.config.lora_alpha / loaded.config.r)
+        lora = MergedLora(model, loaded.lora, scale=loaded.config.lora_alpha / loaded.config.r) if loaded.lora else None
     attachment = _install(model, layers, policy=policy, heads=heads, source=source)
     if isinstance(policy, DMCPolicy):
         try:
@@ -148,6 +119,23 @@ def heads(model: PreTrainedModel) -> list[EvictionHead]:
     return found
 
 
+def _check_call(
+    model: PreTrainedModel, policy: str | Policy | None, *, adapter: str | None, cr: float | None, tokens: int | None
+) -> None:
+    """Raises ValueError for arguments that no model could be attached by."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"attach takes a Transformers model, and this is a {type(model).__name__}")
+    _check_types(policy, adapter=adapter, numbers={"cr": cr, "tokens": tokens})
+    if hasattr(model, ATTACHMENT):
+        raise ValueError("this model is attached already; call sparsekv.detach(model) first")
+    if policy is None and adapter is None:
+        raise ValueError("attach takes a policy or an adapter: pass policy=... or adapter=...")
+    if adapter is not None and policy not in (None, *TRAINED):
+        raise ValueError(
+            f"an adapter's heads are for policy 'dms' or 'dms-quest', not {policy!r}; leave out the policy"
+        )
+
+
 def _check_types(policy: Any, *, adapter: Any, numbers: dict[str, Any]) -> None:
     if not isinstance(policy, str | Policy | None):
         raise ValueError(f"policy is {policy!r}; pass a name, or a Policy that was made")
@@ -156,6 +144,44 @@ def _check_types(policy: Any, *, adapter: Any, numbers: dict[str, Any]) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise ValueError(f"{name} is {value!r}; use a number")
+
+
+def _load(
+    model: PreTrainedModel,
+    policy: str | Policy | None,
+    *,
+    adapter: str,
+    cr: float | None,
+    tokens: int | None,
+    options: dict[str, Any],
+) -> adapters.LoadedAdapter:
+    """Raises ValueError for an adapter that does not fit the model, the policy or the options."""
+    own = sorted(set(options) - ({"budget", "page_size"} if policy == "dms-quest" else set()))
+    if own:
+        raise ValueError(f"an adapter brings its own settings; leave out {', '.join(own)}")
+    if tokens is not None and cr is None:
+        raise ValueError("tokens is the length that cr is meant for; pass cr=... beside it")
+    loaded = adapters.load_adapter(adapter, model)
+    trained_for = loaded.config.policy
+    if "dmc" in (policy, trained_for) and policy not in (None, trained_for):
+        raise ValueError(f"the adapter {adapter} is for policy {trained_for!r}, not {policy!r}; leave out the policy")
+    return loaded
+
+
+def _trained(
+    name: str, layers: AttentionLayers, options: dict[str, Any]
+) -> tuple[DMSPolicy, dict[int, EvictionHead], NeuronSource | None]:
+    """The policy, and what decides for it: new heads by layer, or a neuron (taken out of the options)."""
+    heads: dict[int, EvictionHead] = {}
+    source: NeuronSource | None = options.pop("neuron", None)
+    if name == "dmc":
+        source = NeuronSource() if source is None else source
+        dmc.check(layers, source)
+    elif source is not None:
+        neuron.check(layers, source)
+    else:
+        heads = {i: _new_head(layers, i) for i in layers.governed}
+    return _dms_policy(name, layers, heads, options), heads, source
 
 
 def _new_head(layers: AttentionLayers, index: int) -> EvictionHead:

@@ -29,42 +29,55 @@ def quest_page(cr: float | None) -> int:
     return page
 
 
-class QuestPolicy(Policy):
+class PageSelection(Policy):
+    """What both have: bounds by page, and `count` pages to read."""
+
+    masks = False
+    selects = True
+    pads_chunks = False
+    count: int
+
+    def state(self, shape: HeadShape) -> list[State]:
+        return [State(name="bounds", kind="page", shape=(2, shape.dim), dtype=shape.dtype)]
+
+    def placed(self, step: Step, pages: LayerPages, slots: Tensor | None) -> None:
+        """Bounds of the pages that the step wrote to, by the ring rule."""
+        rows, bounds = step.batch.rows, step.state.page["bounds"]
+        if step.layer < DENSE_LAYERS:
+            return
+        if step.decoding:
+            refresh_written(pages, rows, None, bounds)
+        else:
+            refresh(pages, rows, bounds, longest=step.most)
+
+    def read(self, step: Step, pages: LayerPages, slots: Tensor | None) -> LayerPages | None:
+        if step.layer < DENSE_LAYERS:
+            return None
+        options = {"count": self.count, "written": None, "longest": step.most, "reads": step.reads}
+        return select(pages, step.batch.rows, step.query, step.state.page["bounds"], **options)
+
+
+class QuestPolicy(PageSelection):
     """Holds all, and reads the pages of about `budget` tokens that may matter most to the query.
 
     page_size: tokens of a page.
     """
 
     name = "quest"
-    pads_chunks = False
-    masks = False
     frees = False
-    selects = True
 
     def __init__(self, *, budget: int, page_size: int = LEAST_PAGE) -> None:
         self.budget, self.page_size = budget, page_size
         self.count = pages_of(self.name, budget, page_size)
 
-    def state(self, shape: HeadShape) -> list[State]:
-        return [bounds_state(shape)]
 
-    def placed(self, step: Step, pages: LayerPages, slots: Tensor | None) -> None:
-        keep_bounds(step, pages)
-
-    def read(self, step: Step, pages: LayerPages, slots: Tensor | None) -> LayerPages | None:
-        return best_pages(step, pages, count=self.count)
-
-
-class DMSQuestPolicy(DMSPolicy):
+class DMSQuestPolicy(PageSelection, DMSPolicy):
     """Holds what DMS holds, and reads of it as Quest does.
 
     budget, page_size: Quest's; the rest: DMSPolicy's.
     """
 
     name = "dms-quest"
-    pads_chunks = False
-    masks = False
-    selects = True
 
     def __init__(self, *args: Any, budget: int, page_size: int = LEAST_PAGE, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -82,15 +95,6 @@ class DMSQuestPolicy(DMSPolicy):
         self.count = pages_of(self.name, budget, self.page_size)
         self._budget = budget
 
-    def state(self, shape: HeadShape) -> list[State]:
-        return [bounds_state(shape)]
-
-    def placed(self, step: Step, pages: LayerPages, slots: Tensor | None) -> None:
-        keep_bounds(step, pages)
-
-    def read(self, step: Step, pages: LayerPages, slots: Tensor | None) -> LayerPages | None:
-        return best_pages(step, pages, count=self.count)
-
 
 def pages_of(name: str, budget: int, page_size: int) -> int:
     """k. Raises ValueError for a budget or a page that does not count tokens."""
@@ -98,25 +102,3 @@ def pages_of(name: str, budget: int, page_size: int) -> int:
     if page_size < 1 or page_size & (page_size - 1):
         raise ValueError(f"page_size is {page_size}; policy {name!r} needs a power of two, such as {LEAST_PAGE}")
     return max(LEAST_PAGES, -(-budget // page_size))
-
-
-def bounds_state(shape: HeadShape) -> State:
-    return State(name="bounds", kind="page", shape=(2, shape.dim), dtype=shape.dtype)
-
-
-def keep_bounds(step: Step, pages: LayerPages) -> None:
-    """Bounds of the pages that the step wrote to, by the ring rule."""
-    rows, bounds = step.batch.rows, step.state.page["bounds"]
-    if step.layer < DENSE_LAYERS:
-        return
-    if step.decoding:
-        refresh_written(pages, rows, None, bounds)
-    else:
-        refresh(pages, rows, bounds, longest=step.most)
-
-
-def best_pages(step: Step, pages: LayerPages, *, count: int) -> LayerPages | None:
-    if step.layer < DENSE_LAYERS:
-        return None
-    options = {"count": count, "written": None, "longest": step.most, "reads": step.reads}
-    return select(pages, step.batch.rows, step.query, step.state.page["bounds"], **options)

@@ -1,23 +1,18 @@
 """One resumable runner for grids of runs: cells by name, each made once and written whole as JSON lines.
 
-Cells are made one after another, or spread over processes that the runner starts (each begins anew, by spawn). Several
-runners may work on one file, each on cells of its own (`only`): a cell is appended by one write.
+Cells are made one after another, or spread over processes (workers.py). A cell that fails is written to a file of its
+own, the others go on, and the next run tries it again. Several runners may work on one file, each on cells of its own
+(`only`): a cell is appended by one write.
 """
 
 import json
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from transformers.utils.logging import disable_progress_bar
+from sparsekv.studies.workers import Cell, Crew, Line, Made
 
-Line = dict[str, Any]
 Say = Callable[[str], None]
 
 
@@ -68,68 +63,43 @@ def append(results: Path, lines: Sequence[Line]) -> None:
 
 
 def run_cells(
-    cells: Mapping[str, Callable[[], Sequence[Line]]],
+    groups: Sequence[Mapping[str, Cell]],
     results: Path,
     *,
-    only: Sequence[str] | None = None,
     seconds: float = float("inf"),
     processes: int = 1,
     about: Line | None = None,
     say: Say = to_stderr,
-) -> None:
-    """Make the cells that the results lack; each line gets the cell's name and seconds, and what is said `about` all.
+) -> list[str]:
+    """Make the cells that the results lack, those of a group when the group before it is over; each line gets the
+    cell's name and seconds, and what is said `about` all. No cell is begun after so many seconds.
 
-    processes: more than one make cells at once, which must be picklable then. Raises ValueError as missing does, and
-    what a cell raises, with several processes once the others are made: what was made is kept.
+    Returns the names of cells that failed: `failures_of(results)` says why. processes: more than one make cells at
+    once, which must be picklable then.
     """
-    names = missing(list(cells), results, key="cell", only=only, seconds=seconds, say=say)
-    made = map(partial(_make, cells), names) if processes == 1 else _spread(cells, list(names), processes, seconds, say)
-    for name, spent, lines in made:
-        say(f"== {name}: {spent:g} s")
-        append(results, [{"cell": name, "cell_seconds": spent, **line, **(about or {})} for line in lines])
+    end, failed = time.monotonic() + seconds, list[str]()
+    with Crew(processes) as crew:
+        for cells in groups:
+            names = list(missing(list(cells), results, key="cell", say=say))
+            for made in crew.make({name: cells[name] for name in names}, until=end):
+                _keep(made, results, about or {}, say)
+                failed += [made.name] if made.error else []
+                names.remove(made.name)
+            if names:
+                say(f"The {seconds:g} seconds are over, left out: {', '.join(names)}")
+    return failed
 
 
-_Made = tuple[str, float, Sequence[Line]]
+def failures_of(results: Path) -> Path:
+    """Where the cells that failed are told, with their tracebacks."""
+    return results.with_suffix(".failed.jsonl")
 
 
-def _make(cells: Mapping[str, Callable[[], Sequence[Line]]], name: str) -> _Made:
-    started = time.monotonic()
-    lines = cells[name]()
-    return name, round(time.monotonic() - started, 1), lines
-
-
-def _make_until(end: float, cells: Mapping[str, Callable[[], Sequence[Line]]], name: str) -> _Made | None:
-    """None after `end`, seconds since the epoch, which all processes read alike."""
-    return None if time.time() > end else _make(cells, name)
-
-
-def _spread(
-    cells: Mapping[str, Callable[[], Sequence[Line]]], names: Sequence[str], processes: int, seconds: float, say: Say
-) -> Iterator[_Made]:
-    """As they are made; those not begun after so many seconds are left out."""
-    workers = min(processes, len(names))
-    if not workers:
+def _keep(made: Made, results: Path, about: Line, say: Say) -> None:
+    cell = {"cell": made.name, "cell_seconds": made.seconds}
+    if made.error:
+        append(failures_of(results), [{**cell, "error": made.error, "traceback": made.traceback, **about}])
+        say(f"== {made.name} failed after {made.seconds:g} s: {made.error}")
         return
-    spawn, end, failed = multiprocessing.get_context("spawn"), time.time() + seconds, None
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin_worker, initargs=(threads,)) as pool:
-        futures = {pool.submit(_make_until, end, {name: cells[name]}, name): name for name in names}
-        for future in as_completed(futures):
-            name = futures[future]
-            error = future.exception()
-            if error is not None:
-                say(f"== {name} failed: {error}")
-                failed = failed or error
-            elif (made := future.result()) is None:
-                say(f"The {seconds:g} seconds are over: {name} is left out")
-            else:
-                yield made
-    if failed is not None:
-        raise failed
-
-
-def _begin_worker(threads: int) -> None:
-    import torch
-
-    disable_progress_bar()
-    torch.set_num_threads(threads)
+    append(results, [{**cell, **line, **about} for line in made.lines])
+    say(f"== {made.name}: {made.seconds:g} s")

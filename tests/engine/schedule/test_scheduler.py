@@ -124,6 +124,28 @@ class _Device:
         self.refresh()
 
 
+@pytest.mark.parametrize("newcomer", [Status.WAITING, Status.SWAPPED])
+@pytest.mark.parametrize(("pages", "comes"), [(19, False), (20, True)])
+def test_a_newcomer_leaves_each_sequence_a_page_per_head(newcomer: Status, pages: int, comes: bool) -> None:
+    """It needs four pages, one a head; one runs, holds four and takes four with its next token; two more steps of the
+    worst case must fit beside them."""
+    scheduler = _scheduler(pages=pages, tokens=64)
+    device = _Device(scheduler, seed=0)
+    device.keep[:] = 1.0
+    scheduler.add(_sequence(0, PAGE))
+    step = scheduler.decide(in_flight=False)
+    assert isinstance(step, RunStep)
+    device.run(step)
+    device.settle()
+    second = _sequence(1, PAGE)
+    if newcomer is Status.SWAPPED:
+        second.swapped = _Swapped(np.full((LAYERS, HEADS), PAGE))  # type: ignore[assignment]
+        second.status = newcomer
+    scheduler.add(second)
+    action = scheduler.decide(in_flight=False)
+    assert comes == (isinstance(action, SwapIn) or bool(isinstance(action, RunStep) and action.chunks))
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("seed", range(25))
 def test_everything_finishes_and_the_pool_never_runs_dry(seed: int, ahead: int) -> None:

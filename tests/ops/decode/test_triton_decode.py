@@ -26,41 +26,35 @@ def queries(layer: LayerPages, group: int, batch: int) -> Tensor:
     return torch.randn(batch, heads * group, dim, generator=generator).to(DEVICE, layer.kv.dtype)
 
 
-def exact(layer: LayerPages, rows: Tensor, q: Tensor, scale: float, longest: int | None = None) -> Decoded:
+def exact(layer: LayerPages, rows: Tensor, q: Tensor, scale: float) -> Decoded:
     """The reference in float64."""
     wide = dataclasses.replace(layer, kv=layer.kv.double())
-    options = {"return_lse": True, "return_weights": True, "longest": longest, "backend": "reference"}
-    return decode(wide, rows, q.double(), scale=scale, **options)
+    return decode(wide, rows, q.double(), scale=scale, return_lse=True, backend="reference")
 
 
-def eager(layer: LayerPages, rows: Tensor, q: Tensor, scale: float, longest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention as a model writes it, every operation in the query's type: output, log-sum-exp, weights."""
+def eager(layer: LayerPages, rows: Tensor, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention as a model writes it, every operation in the query's type: output, log-sum-exp."""
     heads = layer.lengths.shape[1]
     q = q.unflatten(1, (heads, -1))
-    out, lse, weights = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf), q.new_zeros(*q.shape[:3], longest)
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf)
     for b, row in enumerate(rows.tolist()):
         for h in range(heads):
             length = int(layer.lengths[row, h]) if row >= 0 else 0
             if length:
                 k, v = layer.kv[layer.pages[row, h].long()].transpose(0, 1).flatten(1, 2)[:, :length].to(q.dtype)
                 scores = q[b, h] @ k.T * scale
-                lse[b, h], weights[b, h, :, :length] = scores.logsumexp(-1), scores.softmax(-1)
-                out[b, h] = weights[b, h, :, :length] @ v
-    return out.flatten(1, 2), lse.flatten(1, 2), weights.flatten(1, 2)
+                lse[b, h], out[b, h] = scores.logsumexp(-1), scores.softmax(-1) @ v
+    return out.flatten(1, 2), lse.flatten(1, 2)
 
 
 def check(layer: LayerPages, rows: Tensor, q: Tensor, *, scale: float, config: DecodeConfig | None = None) -> None:
-    result = decode(layer, rows, q, scale=scale, return_lse=True, return_weights=True, backend="triton", config=config)
-    longest = result.weights.shape[-1]
-    want = exact(layer, rows, q, scale, longest)
-    assert within_budget(result.out, eager(layer, rows, q, scale, longest)[0], want.out, want.lse)
-    _, lse, weights = eager(layer, rows, q.float(), scale, longest)  # scores are float32 however keys are stored
+    result = decode(layer, rows, q, scale=scale, return_lse=True, backend="triton", config=config)
+    want = exact(layer, rows, q, scale)
+    assert within_budget(result.out, eager(layer, rows, q, scale)[0], want.out, want.lse)
+    _, lse = eager(layer, rows, q.float(), scale)  # scores are float32 however keys are stored
     assert within_budget(result.lse, lse, want.lse, want.lse, terms=1.0)
-    assert within_budget(result.weights, weights, want.weights, want.lse)
     heads = layer.lengths.shape[1]
     length = torch.where(rows[:, None] >= 0, layer.lengths[rows], 0).repeat_interleave(q.shape[1] // heads, 1)
-    beyond = torch.arange(longest, device=q.device) >= length[..., None]
-    assert (result.weights[beyond] == 0).all()
     assert (result.out[length == 0] == 0).all()
     assert not layer.tickets.any()
 
@@ -121,6 +115,23 @@ def test_more_heads_than_are_read_at_once(monkeypatch):
     check(layer, torch.tensor([3, 1, -1, 0, 2], device=DEVICE), queries(layer, 2, 5), scale=0.5, config=SMALL)
 
 
+@pytest.mark.parametrize(("group", "at_once"), [(20, 1), (16, 2)])
+def test_more_pieces_of_a_head_than_are_merged_at_once(group, at_once, monkeypatch):
+    """Wide heads of large groups are merged a few pieces a time, the last time not as many."""
+    layer = paged([[197, 0]], dim=256)
+    launched = []
+    kernel = triton._decode
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *args, **options: (launched.append(options["STEP"]), kernel[grid](*args, **options))
+
+    monkeypatch.setattr(triton, "_decode", Spy())
+    config = DecodeConfig(block=16, programs=5, least=16)  # 13 units in five shares
+    check(layer, torch.tensor([0], device=DEVICE), queries(layer, group, 1), scale=0.06, config=config)
+    assert launched == [at_once]
+
+
 def test_large_scores_do_not_overflow():
     layer = paged(LENGTHS)
     rows, q = torch.arange(4, device=DEVICE), queries(layer, 2, 4)
@@ -134,17 +145,6 @@ def test_without_tickets_of_the_cache_and_with_a_strided_query():
     strided = torch.stack([q, q], dim=2)[:, :, 0]
     alone = decode(dataclasses.replace(layer, tickets=None), rows, strided, scale=0.5, backend="triton", config=SMALL)
     assert torch.equal(alone.out, decode(layer, rows, q, scale=0.5, backend="triton", config=SMALL).out)
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_weights_cover_as_many_slots_as_asked(backend):
-    layer = paged(LENGTHS)
-    rows, q = torch.arange(4, device=DEVICE), queries(layer, 2, 4)
-    whole = exact(layer, rows, q, 0.5, 144).weights
-    for longest in (1, 40, 144):
-        options = {"return_weights": True, "longest": longest, "backend": backend}
-        weights = decode(layer, rows, q, scale=0.5, **options).weights
-        assert torch.allclose(weights.double(), whole[..., :longest], atol=1e-5)
 
 
 def test_refusals_name_the_reason(monkeypatch):
@@ -192,7 +192,7 @@ def test_one_cuda_graph_serves_all_lengths_without_waiting():
         layer.lengths.copy_(full // share)
         graph.replay()
         want = exact(layer, rows, q, 0.1)
-        assert within_budget(out, eager(layer, rows, q, 0.1, 2000)[0], want.out, want.lse)
+        assert within_budget(out, eager(layer, rows, q, 0.1)[0], want.out, want.lse)
     assert len(triton._decode.device_caches[torch.cuda.current_device()][0]) == compiled
     assert not layer.tickets.any()
 
@@ -203,7 +203,7 @@ def test_the_last_to_arrive_sees_all_pieces():
     lengths = torch.randint(0, 6000, (16, 8), generator=torch.Generator().manual_seed(3)).tolist()
     layer = paged(lengths, dim=128, page_size=32, dtype=torch.bfloat16)
     rows, q = torch.arange(16, device=DEVICE), queries(layer, 4, 16)
-    want, same_type = exact(layer, rows, q, 0.1), eager(layer, rows, q, 0.1, 6000)[0]
+    want, same_type = exact(layer, rows, q, 0.1), eager(layer, rows, q, 0.1)[0]
     for _ in range(200):
         assert within_budget(decode(layer, rows, q, scale=0.1).out, same_type, want.out, want.lse)
 

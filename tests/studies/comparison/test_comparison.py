@@ -1,17 +1,22 @@
 """The comparison from its file to its page, at small size: each cell once, every method beside dense."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import sparsekv
 from helpers import random_heads
+from sparsekv.evals.calibrate import Dial, calibrate
+from sparsekv.evals.methods import measure
+from sparsekv.evals.methods.continuation import Continuation
 from sparsekv.markdown import markers
 from sparsekv.modeling.adapter import AdapterConfig, base_shape, save_adapter
 from sparsekv.modeling.load import load_model
 from sparsekv.policies import policy_names
 from sparsekv.studies.comparison.__main__ import STUDY, main
+from sparsekv.studies.comparison.cells import _bench, grouped_cells
 from sparsekv.studies.comparison.report import BLOCK
 from sparsekv.studies.comparison.study import load_study
 from sparsekv.studies.runner import read_lines
@@ -90,6 +95,42 @@ def test_each_cell_is_made_once_and_shown(study: Path, tmp_path: Path, capsys: p
     assert (tmp_path / "img" / "comparison.png").stat().st_size > 5000
 
 
+def test_dense_is_measured_once_in_a_run_and_speed_after_the_first_ratio(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = yaml.safe_load(study.read_text()) | {"ratios": [3, 2], "methods": {"random": None, "tova": None}}
+    study.write_text(yaml.safe_dump(values))
+    first, speed, rest = grouped_cells(study, shared=tmp_path)
+    assert list(first) == ["dense", "random at 3", "tova at 3"]
+    assert list(speed) == ["speed of dense", "speed of random", "speed of tova"]
+    assert list(rest) == ["random at 2", "tova at 2"]
+
+    one = [first[name]() for name in first]
+    _bench.cache_clear()  # as another process begins
+    monkeypatch.setattr(Continuation, "dense", None)
+    other = [first[name]() for name in first]
+    for ours, theirs in zip(one, other, strict=True):
+        assert [line["scores"] for line in ours] == [line["scores"] for line in theirs]
+
+
+def test_trained_heads_are_dialled_once_for_a_text(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dials = []
+
+    def counted(*args: Any, **options: Any) -> list[Dial]:
+        dials.append(options["targets"])
+        return calibrate(*args, **options)
+
+    monkeypatch.setattr(measure, "calibrate", counted)
+    _bench.cache_clear()
+    first, *_ = grouped_cells(study, shared=tmp_path)
+    lines = {name: first[name]()[0] for name in ("dms at 2", "dms-quest at 2 reading 0.25")}
+    assert dials == [[2], [2]]  # text and questions
+    held = {line["tokens_held"] for line in lines.values()}
+    assert len(held) == 1
+
+
 def test_methods_hold_as_much_at_their_peak(study: Path, tmp_path: Path) -> None:
     values = yaml.safe_load(study.read_text()) | {"methods": {"tova": None, "snapkv": None}, "retrieval": {}}
     values |= {"perplexity": {"rows": 1, "length": 200, "scored": 12}, "speed": None}
@@ -102,10 +143,11 @@ def test_methods_hold_as_much_at_their_peak(study: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_processes_make_what_one_makes(study: Path, tmp_path: Path) -> None:
+    study.write_text(yaml.safe_dump(yaml.safe_load(study.read_text()) | {"retrieval": {}, "speed": None}))
     found = []
     for processes in ("1", "2"):
         out = tmp_path / processes
-        only = "dense,random at 2,dms-quest at 2"
+        only = "dense,dms-quest at 2"
         assert main(["run", str(out), "--study", str(study), "--processes", processes, "--only", only]) == 0
         lines = read_lines(out / "comparison.jsonl")
         found.append({(x["method"], x["task"]): (x["scores"], x["kv_reads"], x["tokens_held"]) for x in lines})
@@ -141,3 +183,9 @@ def test_unknown_cells_are_named(study: Path, capsys: pytest.CaptureFixture[str]
 def test_the_committed_study_compares_every_method_that_has_a_budget_or_an_adapter() -> None:
     study = load_study(ROOT / STUDY)
     assert set(policy_names()) - {method.policy for method in study.methods} == {"dense", "dmc"}  # none is shipped
+
+
+def test_a_page_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.jsonl").write_text("")
+    assert main(["report", str(tmp_path / "r.jsonl"), str(tmp_path / "page.md")]) == 2
+    assert f"there is no page {tmp_path / 'page.md'}; give one with the lines {BEGIN}" in capsys.readouterr().err

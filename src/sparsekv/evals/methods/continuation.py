@@ -28,18 +28,19 @@ class Continuation:
         self.start = (
             rows.shape[1] - scored - 1
         )  # the prompt's last token is the first step, and predicts the first scored
-        self._dense: list[Tensor] = []
+        self.baseline: list[Tensor] = []
+        """Dense's hidden states, by batch."""
 
     def dense(self, *, by_steps: bool) -> tuple[Usage, dict[str, Estimate]]:
         """Measure the dense model, and keep its hidden states to compare with."""
-        self._dense = []
+        self.baseline = []
         return self._measure(by_steps, keep=True)
 
     def score(self, *, by_steps: bool) -> tuple[Usage, dict[str, Estimate]]:
         """Measure the model as it is governed now: perplexity, rise (over dense's perplexity, of the same
         tokens), divergence (KL(dense || sparse), nats per token) and agreement (the share of tokens at which the most
         likely one is dense's)."""
-        assert self._dense, "the dense model is measured first"
+        assert self.baseline, "the dense model is measured first"
         return self._measure(by_steps, keep=False)
 
     def _measure(self, by_steps: bool, *, keep: bool) -> tuple[Usage, dict[str, Estimate]]:
@@ -50,8 +51,8 @@ class Continuation:
             count = walked.tokens.numel()
             usage.add(walked.stats, sequences=len(ids), output=count, size=walked.stats.bytes)
             if keep:
-                self._dense.append(walked.hidden)
-            pieces = (x.flatten(0, 1) for x in (walked.hidden, self._dense[i], walked.tokens))
+                self.baseline.append(walked.hidden)
+            pieces = (x.flatten(0, 1) for x in (walked.hidden, self.baseline[i], walked.tokens))
             compared = torch.cat([self._compare(*piece) for piece in self.split.chunks(*pieces)], dim=1)
             parts.append(compared.view(len(compared), len(ids), -1))
         return usage, _scores(torch.cat(parts, dim=1).numpy())

@@ -34,6 +34,8 @@ from sparsekv.policies.dms import DMSPolicy
 
 DENSE = Setting()
 HELD_OUT = "held out"
+Baseline = list[Tensor] | list[float]
+"""What is kept of dense: the hidden states of running text, by batch, or the score of each item."""
 
 
 def measure(
@@ -67,7 +69,7 @@ def measure(
     return rows
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class _Part:
     """What is measured at one length."""
 
@@ -78,6 +80,17 @@ class _Part:
     cell: retrieval.Cell | None = None
     dense: list[float] = field(default_factory=list)
     """Each item's score by the dense model."""
+
+    @property
+    def baseline(self) -> Baseline:
+        return self.dense if self.continuation is None else self.continuation.baseline
+
+    @baseline.setter
+    def baseline(self, found: Baseline) -> None:
+        if self.continuation is None:
+            self.dense = [float(score) for score in found]
+        else:
+            self.continuation.baseline = [hidden for hidden in found if isinstance(hidden, Tensor)]
 
     @property
     def output(self) -> int:
@@ -114,6 +127,8 @@ class Bench:
             self.split = SplitModel(model)
         corpus = Corpus(documents, tokenizer)
         self.parts: list[_Part] = []
+        self._offsets: dict[str, float] = {}
+        """By adapter, options, ratio and part: what a query reads of what is held changes none."""
         if config.text:
             texts = {HELD_OUT: corpus} | {name: Corpus(text, tokenizer) for name, text in others.items()}
             self.parts += [self._text(name, text, config.length) for name, text in texts.items()]
@@ -126,6 +141,20 @@ class Bench:
             seed=config.seed,
         )
         self.parts += [_Part(task=cell.kind, length=cell.context, cell=cell) for cell in cells]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def baseline(self) -> list[Baseline]:
+        """What settings are compared with, by part: made by `rows` of DENSE, or taken from a bench like this one."""
+        return [part.baseline for part in self.parts]
+
+    @baseline.setter
+    def baseline(self, found: list[Baseline]) -> None:
+        for part, dense in zip(self.parts, found, strict=True):
+            part.baseline = dense
 
     def check(self, settings: Sequence[Setting]) -> bool:
         """Whether running text is scored by steps. Raises ValueError as `measure` says."""
@@ -176,13 +205,16 @@ class Bench:
         ratio = setting.cr
         if not self.config.same_ratio or ratio is None or not isinstance(policy, DMSPolicy):
             return nullcontext()
-        (dial,) = calibrate(self.model, part.ids, targets=[ratio], batch=self.config.batch)
-        return contexts.dialled(policy, dial.offset)
+        key = f"{setting.adapter} {setting.options} at {ratio} on {self.parts.index(part)}"
+        if key not in self._offsets:
+            (dial,) = calibrate(self.model, part.ids, targets=[ratio], batch=self.config.batch)
+            self._offsets[key] = dial.offset
+        return contexts.dialled(policy, self._offsets[key])
 
     def _text(self, name: str, corpus: Corpus, length: int) -> _Part:
         config = self.config
         count = max(1, config.rows * config.length // length)
-        rows = corpus.rows(min(count, config.rows), length).to(next(self.model.parameters()).device)
+        rows = corpus.rows(min(count, config.rows), length).to(self.device)
         scored = length - length // 2 if config.scored is None else config.scored
         return _Part(
             task="perplexity",

@@ -28,9 +28,6 @@ class Decoded:
     """[B, H * G, D], the query's dtype."""
     lse: Tensor | None = None
     """float32 (float64 for float64 queries) [B, H * G]: log-sum-exp of the scores, -inf where a head holds nothing."""
-    weights: Tensor | None = None
-    """float32 (float64 for float64 queries) [B, H * G, N]: each slot's attention weight, 0 beyond a head's length. From
-    the kernel exp(score - lse), with a relative error of float32's epsilon times |lse|."""
 
 
 def decode(
@@ -40,15 +37,11 @@ def decode(
     *,
     scale: float,
     return_lse: bool = False,
-    return_weights: bool = False,
-    longest: int | None = None,
     backend: str | None = None,
     config: DecodeConfig | None = None,
 ) -> Decoded:
     """Attend from q [B, H * G, D] over the slots of rows int64 or int32 [B]; 0 where nothing is held or a row is -1.
 
-    longest: N, how many slots of each head `weights` covers; those beyond are left out. None: the longest head
-    (reference), or all that the page tables can hold, M * C, since the kernel never asks the device for lengths.
     config: how the Triton kernel is cut, for benchmarks; None takes the tuned one.
 
     Without a backend's name, Triton runs on CUDA (but float64 and odd page sizes: reference), the reference elsewhere.
@@ -62,10 +55,9 @@ def decode(
 
         obstacle = triton.obstacle(layer, q)
         if obstacle is None:
-            width = longest or layer.pages.shape[-1] * layer.page_size
-            out, lse, weights = triton.decode(layer, rows, q, scale, width if return_weights else None, config)
-            return Decoded(out=out, lse=lse if return_lse else None, weights=weights)
+            out, lse = triton.decode(layer, rows, q, scale, config)
+            return Decoded(out=out, lse=lse if return_lse else None)
         if backend == "triton":
             raise ValueError(f"backend 'triton' {obstacle}; use 'reference'")
-    out, lse, weights = reference.decode(layer, rows, q, scale, return_weights, longest, return_lse)
-    return Decoded(out=out, lse=lse, weights=weights)
+    out, lse = reference.decode(layer, rows, q, scale, with_lse=return_lse)
+    return Decoded(out=out, lse=lse)

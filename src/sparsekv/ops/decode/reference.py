@@ -33,19 +33,16 @@ def decode(
     rows: Tensor,
     q: Tensor,
     scale: float,
-    with_weights: bool,
-    longest: int | None = None,
-    with_lse: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    *,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """See api.decode. A head that holds nothing sums over nothing: its output is 0 and its log-sum-exp -inf."""
     heads, size = layer.lengths.shape[1], layer.page_size
     work = torch.promote_types(q.dtype, torch.float32)
     grouped = (q.to(work) * scale).unflatten(1, (heads, 1, -1))
     lengths = layer.lengths.tolist()
     held = [lengths[row] if row >= 0 else [0] * heads for row in rows.tolist()]
-    longest = longest or max((n for row in held for n in row), default=0)
     out, lse = [], []
-    weights = q.new_zeros(len(held), heads, q.shape[1] // heads, longest, dtype=work) if with_weights else None
     for b, row in enumerate(rows.tolist()):
         table, counts = page_table(layer, row, held[b])
         query = torch.cat([x.expand(count, -1, -1) for x, count in zip(grouped[b], counts, strict=True)])
@@ -63,11 +60,4 @@ def decode(
         out += [x.sum(0) for x in torch.bmm(by_page, values).split(counts)]
         if with_lse:
             lse.append(scores.logsumexp(-1))
-        if weights is not None:
-            for h, length in enumerate(held[b]):
-                weights[b, h, :, :length] = weight[h, :, : min(length, longest)]
-    return (
-        torch.cat(out).view(q.shape).to(q.dtype),
-        torch.cat(lse).view(q.shape[:2]) if with_lse else None,
-        None if weights is None else weights.flatten(1, 2),
-    )
+    return torch.cat(out).view(q.shape).to(q.dtype), torch.cat(lse).view(q.shape[:2]) if with_lse else None

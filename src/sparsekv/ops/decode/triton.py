@@ -73,9 +73,9 @@ def obstacle(layer: LayerPages, q: Tensor) -> str | None:
 
 
 def decode(
-    layer: LayerPages, rows: Tensor, q: Tensor, scale: float, longest: int | None, config: DecodeConfig | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See api.decode: out, lse and, unless longest is None, the weights of the first `longest` slots."""
+    layer: LayerPages, rows: Tensor, q: Tensor, scale: float, config: DecodeConfig | None
+) -> tuple[Tensor, Tensor]:
+    """See api.decode: out and lse."""
     dim, page_size = layer.kv.shape[-1], layer.page_size
     kv_heads, columns = layer.pages.shape[1:]
     group = q.shape[1] // kv_heads
@@ -83,9 +83,8 @@ def decode(
     config = config or config_of(dim, layer.kv.dtype)
     q, pages, lengths = q.contiguous(), layer.pages.contiguous(), layer.lengths.contiguous()
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    weights = None if longest is None else torch.empty(*q.shape[:2], longest, dtype=torch.float32, device=q.device)
     if heads == 0:
-        return out, lse, weights
+        return out, lse
     programs = config.programs * processors(q.device)
     scratch = torch.empty(2 * programs * group * (dim + 1), dtype=torch.float32, device=q.device)
     tickets = torch.zeros_like(lengths) if layer.tickets is None else layer.tickets
@@ -109,10 +108,7 @@ def decode(
         FOLLOW=follow(q.device),
         num_warps=config.warps, num_stages=config.stages, maxnreg=_registers(config), **dependent(q.device),
     )  # fmt: skip
-    if weights is not None and longest:
-        grid = (heads, triton.cdiv(longest, config.block))
-        _weigh[grid](q, layer.kv, pages, lengths, rows, lse, weights, scale, longest, columns, **shape)
-    return out, lse, weights
+    return out, lse
 
 
 def _registers(config: DecodeConfig) -> int:
@@ -281,29 +277,3 @@ def _decode(
                 _finish(out, lse, head, merged, sums, tops, G, MP, D, DP)
                 tl.store(ticket, 0)
         at, start, head = stop, stop, head + 1
-
-
-@triton.jit(
-    do_not_specialize=["rows", "lengths", "pages", "lse", "weights", "scale", "longest", "columns"],
-)
-def _weigh(
-    q, kv, pages, lengths, rows, lse, weights, scale, longest, columns,
-    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr,
-    DOT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """weights[slot] = exp(score - lse), 0 beyond the length; one tile of slots of one head a program."""
-    head = tl.program_id(0)
-    row, length = _length(lengths, rows, head, H, True)
-    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    g, d = tl.arange(0, GP), tl.arange(0, DP)[None, :]
-    at = head.to(tl.int64) * G + g
-    p = tl.zeros([GP, BLOCK], tl.float32)
-    if tl.program_id(1) * BLOCK < length:
-        live = slot < length
-        table = pages + (row * H + head % H) * columns
-        key_at = _slot_rows(table, slot, live, C)[:, None] * D + d
-        key = tl.load(kv + key_at, mask=live[:, None] & (d < D), other=0.0).to(DOT)
-        x = tl.dot(_query(q, head, G, GP, D, DP, DOT), tl.trans(key), input_precision="ieee") * scale
-        norm = tl.load(lse + at, mask=g < G, other=0.0) * LOG2_E
-        p = tl.where(live[None, :], tl.exp2(x - norm[:, None]), 0.0)
-    tl.store(weights + at[:, None] * longest + slot[None, :], p, mask=(g < G)[:, None] & (slot < longest)[None, :])

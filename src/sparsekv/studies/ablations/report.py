@@ -22,8 +22,6 @@ def write_page(results: Path, page: Path, *, study: Study, images: Path | None =
     """
     images = page.parent / "img" if images is None else images
     lines = read_lines(results)
-    if not page.exists():
-        raise ValueError(f"there is no page {page}; give one with the lines that begin and end the block {BLOCK}")
     replaced(page, "", name=BLOCK)  # refuses the page before anything is drawn
     images.mkdir(parents=True, exist_ok=True)
     there = {line["run"] for line in lines}

@@ -4,57 +4,57 @@ python -m sparsekv.studies.comparison report RESULTS.jsonl PAGE.md"""
 
 import argparse
 import sys
-import time
+import tempfile
 from pathlib import Path
-from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from sparsekv.studies.comparison.cells import quality_cells, speed_cells
+from sparsekv.studies.comparison.cells import grouped_cells
 from sparsekv.studies.comparison.report import write_page
-from sparsekv.studies.runner import run_cells
+from sparsekv.studies.runner import failures_of, run_cells
 
 STUDY = "studies/comparison.yaml"
-RESULTS, LOCK = "comparison.jsonl", ".clock"
+RESULTS = "comparison.jsonl"
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 2 and one sentence for a user's mistake."""
+    """Exit code 2 and one sentence for a user's mistake, 1 where cells failed."""
     options = _parser().parse_args(arguments)
     try:
         if options.command == "report":
             write_page(options.results, options.page)
             return 0
-        lock = Path() if options.command == "cells" else options.out / LOCK
-        quality, speed = quality_cells(options.study), speed_cells(options.study, lock=lock)
         if options.command == "cells":
-            print("\n".join([*quality, *speed]))
+            print("\n".join(name for group in grouped_cells(options.study, shared=Path()) for name in group))
             return 0
-        _run(quality, speed, options)
+        failed = _run(options)
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    return 0
+    if failed:
+        where = failures_of(options.out / RESULTS)
+        print(f"Failed: {', '.join(failed)}; {where} says why, the same command tries again", file=sys.stderr)
+    return 1 if failed else 0
 
 
-def _run(quality: dict[str, Any], speed: dict[str, Any], options: argparse.Namespace) -> None:
-    """Speed last, when nothing else runs. Raises ValueError as run_cells does."""
+def _run(options: argparse.Namespace) -> list[str]:
+    """Returns the cells that failed. Raises ValueError for a study or a cell that is not there."""
     disable_progress_bar()
     only = [name.strip() for name in options.only.split(",")] if options.only else None
-    unknown = sorted(set(only or ()) - {*quality, *speed})
-    if unknown:
-        raise ValueError(f"unknown cells {', '.join(unknown)}; the study has {', '.join([*quality, *speed])}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
-    for cells in (quality, speed):
-        run_cells(
-            {name: cell for name, cell in cells.items() if only is None or name in only},
+    with tempfile.TemporaryDirectory() as shared:
+        groups = grouped_cells(options.study, shared=Path(shared))
+        names = [name for group in groups for name in group]
+        unknown = sorted(set(only or ()) - set(names))
+        if unknown:
+            raise ValueError(f"unknown cells {', '.join(unknown)}; the study has {', '.join(names)}")
+        options.out.mkdir(parents=True, exist_ok=True)
+        return run_cells(
+            [{name: cell for name, cell in cells.items() if only is None or name in only} for cells in groups],
             options.out / RESULTS,
-            seconds=options.seconds - (time.monotonic() - begun),
+            seconds=options.seconds,
             processes=options.processes,
             about={"commit": options.commit} if options.commit else None,
         )
-    (options.out / LOCK).unlink(missing_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:

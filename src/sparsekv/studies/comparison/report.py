@@ -22,8 +22,6 @@ def write_page(file: Path, page: Path) -> None:
     markers.
     """
     lines = read_lines(file)
-    if not page.exists():
-        raise ValueError(f"there is no page {page}; give one with the lines that begin and end the block {BLOCK}")
     replaced(page, "", name=BLOCK)  # refuses the page before anything is drawn
     if not any(line.get("method") == DENSE and line["kind"] == "quality" for line in lines):
         raise ValueError(f"{file} has no results of dense, which all others are compared with; make the cell `dense`")

@@ -1,10 +1,7 @@
 """How fast the engine is under a method. Engines start side by side, which is work of the CPU; each is timed alone."""
 
-import fcntl
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +12,7 @@ from sparsekv.engine.params import SamplingParams
 from sparsekv.evals.methods.setting import Setting
 from sparsekv.modeling.attach import attach, detach
 from sparsekv.modeling.load import load_model
+from sparsekv.studies.comparison.locks import held
 from sparsekv.studies.comparison.study import Speed, Study
 from sparsekv.studies.runner import Line
 
@@ -24,7 +22,7 @@ RUNS = 3
 def timed(study: Study, speed: Speed, setting: Setting, *, lock: Path) -> list[Line]:
     """A line for each batch. lock: a file that processes share; while one times, none starts."""
     tokens = speed.prompt + speed.output
-    with _held(lock, fcntl.LOCK_SH):
+    with held(lock, alone=False):
         model, tokenizer = load_model(study.model, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
         begun = time.perf_counter()
         attach(model, **setting.arguments(tokens=tokens, output=speed.output))
@@ -36,17 +34,11 @@ def timed(study: Study, speed: Speed, setting: Setting, *, lock: Path) -> list[L
             kv_memory=speed.kv_memory,
         )
         start = time.perf_counter() - begun
-    with _held(lock, fcntl.LOCK_EX), llm:
+    with held(lock), llm:
         lines = [_timed(llm, study, speed, batch) | {"start_seconds": start} for batch in speed.batches]
     detach(model)
+    torch.cuda.empty_cache()  # other processes share the memory
     return lines
-
-
-@contextmanager
-def _held(lock: Path, how: int) -> Iterator[None]:
-    with lock.open("w") as file:
-        fcntl.flock(file, how)
-        yield
 
 
 def _timed(llm: LLM, study: Study, speed: Speed, batch: int) -> Line:
