@@ -68,6 +68,9 @@ class Distillation(nn.Module):
         self.divergence = _DIVERGENCES[config.divergence]
         self.quantiles: Tensor
         self.register_buffer("quantiles", torch.zeros(QUANTILES + 1, device=next(student.parameters()).device))
+        models = [student] if teacher is None else [student, teacher]
+        self._no_split_modules = sorted({type(model.get_decoder().layers[0]).__name__ for model in models})
+        """What FSDP gathers at a time, by the name that accelerate asks for; without it, everything at once."""
 
     def train(self, mode: bool = True) -> Self:
         """As a module's, but a second model never drops out anything."""
