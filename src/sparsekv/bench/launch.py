@@ -17,15 +17,14 @@ WAYS = ("alone", "replicas", "shards", "halves")
 """One process; a whole model in each; pieces of the weights (FSDP2); a part of every layer (tensor parallel)."""
 SHARDS = [
     "--use_fsdp",
-    "--fsdp_version",
-    "2",
-    "--fsdp_auto_wrap_policy",
-    "TRANSFORMER_BASED_WRAP",
-    "--mixed_precision",
-    "no",
+    *("--fsdp_version", "2"),
+    *("--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
+    *("--fsdp_reshard_after_forward", "true"),
+    *("--fsdp_cpu_ram_efficient_loading", "false"),
+    *("--fsdp_state_dict_type", "SHARDED_STATE_DICT"),
+    *("--num_machines", "1"),
+    *("--mixed_precision", "no"),
 ]
-SHARDS += ["--fsdp_reshard_after_forward", "true", "--fsdp_cpu_ram_efficient_loading", "false"]
-SHARDS += ["--fsdp_state_dict_type", "SHARDED_STATE_DICT", "--num_machines", "1"]
 """What configs/accelerate/fsdp2.yaml says, for where that file is not at hand."""
 
 

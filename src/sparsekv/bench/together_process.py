@@ -1,10 +1,10 @@
 """One process of bench.together: python -m sparsekv.bench.together_process SPEC, a JSON object; the first of them
 appends its results to folder/lines.jsonl.
 
-The step is the retrofit's own loss (retrofit.distill) with its backward, clipping and optimiser. Heads alone: weights in
-bfloat16, the base its own teacher. All weights: in float32 with bfloat16 products, from a second, bfloat16 model, each
-layer computed again in the backward. A model that does not fit is a line that says so, and is timed at two depths, of
-which a line gives the whole.
+The step is the retrofit's own loss (retrofit.distill) with its backward, clipping and optimiser. Heads alone: weights
+in bfloat16, the base its own teacher. All weights: in float32 with bfloat16 products, from a second, bfloat16 model,
+each layer computed again in the backward. A model that does not fit is a line that says so, and is timed at two depths,
+of which a line gives the whole.
 """
 
 import gc

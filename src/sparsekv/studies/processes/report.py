@@ -29,7 +29,7 @@ def block(lines: list[Line]) -> str:
 
 
 def _key(line: Line) -> tuple[Any, ...]:
-    return tuple(line[key] for key in ("shape", "way", "trainable", "layers"))
+    return (*(line[key] for key in ("shape", "way", "trainable", "layers")), bool(line["extrapolated_from"]))
 
 
 def _losses(lines: list[Line]) -> Iterable[str]:
@@ -47,8 +47,8 @@ def _losses(lines: list[Line]) -> Iterable[str]:
     yield table(head, [_loss_row(line) for line in lines])
     yield (
         f"Bound: {TIMES} times the noise, the worst difference between `{'`, `'.join(_noises(lines))}` and the run "
-        "that each is beside: they differ in the order of sums and in where bfloat16 rounds, and in nothing else. Peak: "
-        "of the first GPU. Seconds: where the run had its GPUs to itself."
+        "that each is beside: they differ in the order of sums and in where bfloat16 rounds, and in nothing else. "
+        "Peak: of the first GPU. Seconds: where the run had its GPUs to itself."
     )
 
 
@@ -78,21 +78,25 @@ def _shapes(lines: list[Line]) -> Iterable[str]:
     if not lines:
         return
     first = next((line for line in lines if "error" not in line), lines[0])
+    where = (
+        f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}" if "hardware" in first else "failed"
+    )
     yield (
-        f"One step of a retrofit at the {first['shape']} shape, random weights, rows of {first['tokens']} tokens; "
-        f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}, seed {first['seed']}; medians."
+        f"One step of a retrofit at the {first['shape']} shape, random weights, rows of {first['tokens']} tokens; {where}, "
+        f"seed {first['seed']}; medians."
     )
     head = ("what is trained", "how", "layers", "rows", "s a step", "tokens/s", "TFLOP/s a GPU", "of the product")
     yield table((*head, "peak GiB a GPU"), [_shape_row(line) for line in lines])
     yield (
         "The product: of large matrices, in the same run. All weights: float32 with AdamW, a bfloat16 teacher, layers "
-        "computed again in the backward (not counted). Layers: what was timed; a line through two depths gives the "
-        "whole where that does not fit."
+        "computed again in the backward (not counted). Where the whole does not fit, a line through two depths gives "
+        "its time."
     )
 
 
 def _shape_row(line: Line) -> tuple[Any, ...]:
-    what = (line["trainable"], _WAYS[line["way"]], line["layers"], line["rows"])
+    depths = f", from {' and '.join(map(str, line['extrapolated_from']))}" if line["extrapolated_from"] else ""
+    what = (line["trainable"], _WAYS[line["way"]], f"{line['layers']}{depths}", line["rows"])
     if "error" in line:
         return (*what, _cell(line["error"]), *["-"] * 4)
     peak = "-" if line["peak_bytes"] is None else f"{line['peak_bytes'] / 2**30:.1f}"
