@@ -1,4 +1,4 @@
-"""bench train --processes: what is measured, what is said of a model that does not fit, and that a failure is a line."""
+"""bench train --processes: what is measured, what is said of a model that does not fit, a failure that is a line."""
 
 import json
 from dataclasses import replace

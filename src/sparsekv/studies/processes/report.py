@@ -78,12 +78,12 @@ def _shapes(lines: list[Line]) -> Iterable[str]:
     if not lines:
         return
     first = next((line for line in lines if "error" not in line), lines[0])
-    where = (
-        f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}" if "hardware" in first else "failed"
-    )
+    where = "none made"
+    if "hardware" in first:
+        where = f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}"
     yield (
-        f"One step of a retrofit at the {first['shape']} shape, random weights, rows of {first['tokens']} tokens; {where}, "
-        f"seed {first['seed']}; medians."
+        f"One step of a retrofit at the {first['shape']} shape, random weights, rows of {first['tokens']} tokens; "
+        f"{where}, seed {first['seed']}; medians."
     )
     head = ("what is trained", "how", "layers", "rows", "s a step", "tokens/s", "TFLOP/s a GPU", "of the product")
     yield table((*head, "peak GiB a GPU"), [_shape_row(line) for line in lines])
