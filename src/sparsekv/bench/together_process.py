@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> int:
     spec = json.loads(arguments[0])
     cpu = not torch.cuda.is_available()
     state = PartialState(cpu=cpu)
-    device, dtype = state.device, torch.float32 if cpu else torch.bfloat16
+    device = torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device())
+    dtype = torch.float32 if cpu else torch.bfloat16
     shape, peak = shape_of(spec["shape"]), matmul_flops(device, dtype)
     config = config_of(spec)
 
