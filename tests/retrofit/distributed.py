@@ -9,6 +9,7 @@ import sys
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from accelerate.utils import parse_flag_from_env
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from retrofitting import trained
@@ -27,5 +28,7 @@ if __name__ == "__main__":
     else:
         model, _ = trained(config)
         assert config.tensor_parallel > 1 or all(isinstance(p, DTensor) == sharded for p in model.parameters())
+        layers = model.get_decoder().layers
+        assert all(isinstance(layer, FSDPModule) == sharded for layer in layers), "gathered one after another"
     assert PartialState().num_processes == 2
     os._exit(0)  # at a Python's end gloo's threads may still free tensors, and that aborts the process

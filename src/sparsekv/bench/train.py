@@ -102,10 +102,7 @@ def bench_step(
     ms = timed[few]["ms"]
     if not whole:
         ms += (timed[many]["ms"] - ms) / (many - few) * (shape.layers - few)
-    flops = (
-        shape.layers * (6 * shape.layer_weights * batch * tokens + 9 * _product_flops(shape, batch, tokens))
-        + 6 * shape.vocabulary * shape.hidden * batch * tokens
-    )
+    flops = step_flops(shape, batch=batch, tokens=tokens)
     return {
         "ms": ms,
         "tokens_per_s": 1e3 * batch * tokens / ms,
@@ -113,6 +110,16 @@ def bench_step(
         "extrapolated_from_layers": None if whole else list(timed),
         "timed": [{"layers": layers} | found for layers, found in timed.items()],
     }
+
+
+def step_flops(shape: Shape, *, batch: int, tokens: int, trained: bool = False) -> int:
+    """Floating-point operations of a whole step; trained: the weights too, whose gradient takes 2 a number and token
+    more."""
+    each = (8 if trained else 6) * batch * tokens
+    return (
+        shape.layers * (each * shape.layer_weights + 9 * _product_flops(shape, batch, tokens))
+        + each * shape.vocabulary * shape.hidden
+    )
 
 
 def _timed_step(

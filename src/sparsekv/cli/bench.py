@@ -161,10 +161,17 @@ def train(
         int | None, Option(help="Tokens of a row; default: 2048 for smollm2-135m, else 8192.", min=1)
     ] = None,
     kernels: Annotated[int, Option(help="List so many of the longest kernels of a whole step.", min=0)] = 15,
+    processes: Annotated[
+        int, Option(help="More than 1: the step by so many processes, one a GPU, and beside it by one.", min=1)
+    ] = 1,
+    commit: Annotated[str | None, Option(help="Written to each line of processes; default: what git says.")] = None,
     seed: _Seed = 0,
     as_json: _Json = False,
 ) -> None:
-    """Attention with the gate beside FlexAttention, and the whole step of a retrofit. A CPU run measures no target."""
+    """Attention with the gate beside FlexAttention, and the whole step of a retrofit. A CPU run measures no target.
+
+    With --processes the step alone: heads and all weights, by one process, by FSDP2 and by tensor parallelism.
+    """
     import torch
 
     from sparsekv.bench.shapes import shape_of
@@ -173,6 +180,17 @@ def train(
     gpu = torch.cuda.is_available()
     if shape is None and not gpu:
         raise ValueError("the default shapes need a CUDA GPU and PyTorch sees none; use --shape tiny")
+    if processes > 1:
+        from sparsekv.bench.together import bench_together
+
+        def keep(line: dict[str, Any]) -> None:
+            typer.echo(json.dumps(line) if as_json else _together_text(line))
+
+        found = shape_of(shape or "qwen3-8b")
+        bench_together(
+            found, processes=processes, batch=batch or 1, tokens=tokens or 8192, seed=seed, keep=keep, commit=commit
+        )
+        return
     for found in map(shape_of, ("qwen3-8b", "smollm2-135m") if shape is None else (shape,)):
         small = found.name == "smollm2-135m"
         result = bench_train(
@@ -185,6 +203,14 @@ def train(
             seed=seed,
         )
         typer.echo(json.dumps(result) if as_json else _train_text(result))
+
+
+def _together_text(line: dict[str, Any]) -> str:
+    what = f"{line['way']}, {line['trainable']}, {line['layers']} layers: "
+    if "error" in line:
+        return what + line["error"]
+    peak = "" if line["peak_bytes"] is None else f", at most {line['peak_bytes'] / 2**30:.1f} GiB a GPU"
+    return what + f"{line['ms']:.1f} ms, {line['of_matmul']:.1%} of the product{peak}"
 
 
 def _train_text(result: dict[str, Any]) -> str:

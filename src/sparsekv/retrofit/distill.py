@@ -68,6 +68,9 @@ class Distillation(nn.Module):
         self.divergence = _DIVERGENCES[config.divergence]
         self.quantiles: Tensor
         self.register_buffer("quantiles", torch.zeros(QUANTILES + 1, device=next(student.parameters()).device))
+        layers = {name for model in (student, teacher) if model for name in model._no_split_modules or ()}
+        self._no_split_modules = sorted(layers & {type(module).__name__ for module in self.modules()})
+        """What FSDP gathers at a time, by the name that accelerate asks for; without it, everything at once."""
 
     def train(self, mode: bool = True) -> Self:
         """As a module's, but a second model never drops out anything."""

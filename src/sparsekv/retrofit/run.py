@@ -52,7 +52,7 @@ def run(config: RetrofitConfig, *, say: Say = lambda text: print(text, file=sys.
     Raises ValueError, before anything is trained, for an output folder that holds a finished adapter or another run, a
     model or text that cannot be had, and settings that do not fit them.
     """
-    processes = PartialState(cpu=config.device == "cpu")
+    processes = PartialState(cpu=config.device == "cpu" or not torch.cuda.is_available())
     say = say if processes.is_main_process else lambda text: None
     output = prepare_output(config)
     with processes.main_process_first():  # which downloads what the others find
