@@ -24,7 +24,12 @@ def main(arguments: list[str]) -> int:
         only = [name.strip() for name in options.only.split(",")] if options.only else None
         settings = _settings(options.set)
         lines = perform(
-            options.out, settings=settings, only=only, seconds=options.seconds, run_seconds=options.run_seconds
+            options.out,
+            settings=settings,
+            only=only,
+            seconds=options.seconds,
+            run_seconds=options.run_seconds,
+            shared=options.shared,
         )
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -48,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--set", action="append", default=[], metavar="key=value", help="over the settings of every run")
     run.add_argument("--seconds", type=float, default=float("inf"), help="nothing runs after this time")
     run.add_argument("--run-seconds", type=float, default=240, help="a run that takes longer has failed")
+    run.add_argument("--shared", action="store_true", help="other work has the GPUs too: no run's seconds count")
     report = commands.add_parser("report", help="the table of the results")
     report.add_argument("results", type=Path, metavar="RESULTS.jsonl")
     report.add_argument("page", type=Path, metavar="PAGE.md")

@@ -40,11 +40,12 @@ def perform(
     only: Sequence[str] | None = None,
     seconds: float = float("inf"),
     run_seconds: float = 240,
+    shared: bool = False,
     say: Say = to_stderr,
 ) -> list[Line]:
     """Make the runs that folder/processes.jsonl lacks and return all its lines. settings: over every run's (`model`,
-    `max_steps`, ...). only: names. seconds: what runs then is ended, and nothing is begun after. Raises ValueError for
-    an unknown name or settings that no retrofit has."""
+    `max_steps`, ...). only: names. seconds: what runs then is ended, and nothing is begun after. shared: other work has
+    the GPUs too, so that no run's seconds count. Raises ValueError for an unknown name or settings that no retrofit has."""
     unknown = sorted(set(only or ()) - set(RUNS))
     if unknown:
         raise ValueError(f"unknown runs {', '.join(unknown)}; there are {', '.join(RUNS)}")
@@ -59,7 +60,7 @@ def perform(
     def make(name: str, place: int, *, beside: int) -> None:
         left = min(run_seconds, deadline - time.monotonic())
         line = _made(name, folder, gpu=place % gpus if gpus else None, seconds=left)
-        line["own_gpus"] = beside == 1 or RUNS[name].way == "alone" and beside <= gpus
+        line["own_gpus"] = not shared and (beside == 1 or RUNS[name].way == "alone" and beside <= gpus)
         with write:
             if "error" not in line:
                 line |= compared(name, line["losses"], _lines(results))
