@@ -149,4 +149,5 @@ def _chunk_graphs(graphs: DecodeGraphs | None, *, max_tokens: int) -> ChunkGraph
     """For policies of which chunks can be padded."""
     if graphs is None or not all(policy.pads_chunks for policy in graphs.cache.executor.policies):
         return None
-    return ChunkGraphs(graphs.forward, graphs.cache, pool=graphs.pool, max_tokens=max_tokens)
+    pool = torch.cuda.graph_pool_handle()
+    return ChunkGraphs(graphs.forward, graphs.cache, pool=pool, max_tokens=max_tokens)

@@ -108,13 +108,18 @@ def test_what_has_no_graph_is_left_to_the_caller(tokens: int, chunks: int, kept:
     assert graphs.run(part, rows, rows, torch.zeros(kept, dtype=torch.int64)) is None
 
 
-def test_only_policies_that_leave_padding_alone_are_recorded() -> None:
+def test_only_policies_that_leave_padding_alone_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory that is not the decodes'."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+
     class Touches(Policy):
         pads_chunks = False
 
     cache = engine(attached("dense")).engine.runner.cache
-    graphs: Any = SimpleNamespace(forward=None, cache=cache, pool=(0, 0))
-    assert _chunk_graphs(graphs, max_tokens=9) is not None
+    graphs: Any = SimpleNamespace(forward=None, cache=cache)
+    made = _chunk_graphs(graphs, max_tokens=9)
+    assert made is not None
+    assert made._pool == (0, 7)
     cache.executor.policies = [Policy(), Touches()]
     assert _chunk_graphs(graphs, max_tokens=9) is None
     assert _chunk_graphs(None, max_tokens=9) is None

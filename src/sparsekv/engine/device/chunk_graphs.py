@@ -3,6 +3,9 @@
 An eager forward of a few hundred tokens is bound by its launches: some forty a layer, about a millisecond. A step
 smaller than its graph is padded by tokens of one more sequence of row -1, which the operations skip. Larger steps keep
 the device busy for longer than the host needs to launch them, and run as they are.
+
+These graphs have memory of their own: in a step they run between the decodes' graph and the sampler, and a decode graph
+recorded after them would write its logits where they keep what they are computing.
 """
 
 import torch
@@ -58,7 +61,8 @@ class PaddedChunks:
 
 
 class ChunkGraphs:
-    """forward: of compiled_decode; pool: where graphs take their memory from; max_tokens: of any sequence."""
+    """forward: of compiled_decode; pool: of torch.cuda.graph_pool_handle, not the decodes'; max_tokens: of any
+    sequence."""
 
     def __init__(self, forward: CompiledForward, cache: EngineCache, *, pool: tuple[int, int], max_tokens: int) -> None:
         self.cache = cache

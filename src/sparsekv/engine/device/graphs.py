@@ -55,7 +55,7 @@ class DecodeGraphs:
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.forward = forward
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.pool = torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.graph_pool_handle()
         self._sizes = sorted(sizes)
         self._graphs[rows] = self._record(rows)
 
@@ -78,7 +78,7 @@ class DecodeGraphs:
         self.rows.fill_(-1)  # the warm-ups run for real
         self.cache.parts = (self._part(size), None)
         ids, positions = self.ids[:, :size], self.positions[:, :size]
-        return record(lambda: self.forward(ids, positions), pool=self.pool, what=f"decodes of {size} sequences")
+        return record(lambda: self.forward(ids, positions), pool=self._pool, what=f"decodes of {size} sequences")
 
     def _part(self, size: int) -> Part:
         batch = Batch(rows=self.rows[:size], starts=self.starts[: size + 1], longest=1)

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def record(forward: Callable[[], Tensor], *, pool: tuple[int, int], what: str) -
     """The graph and what it gives, which each replay writes anew. pool: of torch.cuda.graph_pool_handle; what: it is,
     for the log. The warm-ups run for real."""
     begun = time.perf_counter()
-    stream = torch.cuda.Stream()
+    stream = _warm_up_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
@@ -29,3 +30,9 @@ def record(forward: Callable[[], Tensor], *, pool: tuple[int, int], what: str) -
         out = forward()
     log.info("recorded %s in %.1f s", what, time.perf_counter() - begun)
     return graph, out
+
+
+@cache
+def _warm_up_stream(device: int) -> torch.cuda.Stream:
+    """One for all recordings of a device: cuBLAS keeps a workspace of tens of MiB for every stream it ever saw."""
+    return torch.cuda.Stream(device)

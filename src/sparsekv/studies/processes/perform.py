@@ -45,7 +45,8 @@ def perform(
 ) -> list[Line]:
     """Make the runs that folder/processes.jsonl lacks and return all its lines. settings: over every run's (`model`,
     `max_steps`, ...). only: names. seconds: what runs then is ended, and nothing is begun after. shared: other work has
-    the GPUs too, so that no run's seconds count. Raises ValueError for an unknown name or settings that no retrofit has."""
+    the GPUs too, so that no run's seconds count. Raises ValueError for an unknown name or settings that no retrofit
+    has."""
     unknown = sorted(set(only or ()) - set(RUNS))
     if unknown:
         raise ValueError(f"unknown runs {', '.join(unknown)}; there are {', '.join(RUNS)}")
