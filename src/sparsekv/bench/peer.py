@@ -5,8 +5,8 @@ The same numbers of the same lengths, random weights, and a pool for keys and va
 that agree in shape and pool share an engine. Two things are its own: no text, and sampling without a seed of each
 request, which vLLM supports but serves more slowly.
 
-vLLM is not a dependency: run this where it is installed, with VLLM_WORKER_MULTIPROC_METHOD=spawn, since its engine cannot
-be forked off a process that has asked for the GPU.
+vLLM is not a dependency: run this where it is installed, with VLLM_WORKER_MULTIPROC_METHOD=spawn, since its engine
+cannot be forked off a process that has asked for the GPU.
 """
 
 import json

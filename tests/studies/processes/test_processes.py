@@ -34,6 +34,7 @@ def test_the_bound_is_a_multiple_of_the_worst_of_the_noise(last, within):
     assert found["bound"] == pytest.approx(TIMES * 0.2)
     assert found["within"] is within
     assert found["scale"] == 2
+    assert "noise" not in found  # the line itself says whether the run is noise
 
 
 def test_what_was_not_made_bounds_nothing():
@@ -98,7 +99,9 @@ def sample():
         SHARED | {"run": "one", "way": "alone"},
         SHARED | {"run": "one-split", "way": "alone", "noise": True, "like": "one", "own_gpus": False, "worst": 1e-4},
         SHARED | {"run": "replicas", "way": "replicas", "like": "one", "error": "not done | 240 s"},
-        SHARED | {"run": "replicas", "way": "replicas", "like": "one", "worst": 2e-4, "bound": 3e-4, "within": True},
+        SHARED
+        | {"run": "replicas", "way": "replicas", "like": "one", "worst": 2e-4, "rounding": 1e-4, "bound": 3e-4}
+        | {"within": True, "losses": [1.0, 2.5]},
         {"study": "processes", "run": "shards", "way": "shards", "trainable": "all", "like": "all", "noise": False}
         | {"error": "exit code 1: a | b"},
         STEP | {"way": "alone", "rows": 1, "error": "does not fit: CUDA out of memory"},
@@ -121,6 +124,7 @@ def test_the_page_has_the_latest_of_each_run_and_says_what_failed(tmp_path):
     assert text.startswith(f"before\n{begin}\n") and text.endswith(f"\n{end}\nafter\n") and "STALE" not in text
     assert "| replicas: two replicas, heads | one | 2.0e-04 | 3.0e-04 | yes | - | 0.250 | 20.0 |" in text
     assert "| one-split: one GPU, heads | one | 1.0e-04 | - | noise | - | - | 20.0 |" in text
+    assert "`replicas` has the losses of `one-split` to the last bits in its first 1 steps" in text
     assert "| shards: FSDP2, all | all | failed: exit code 1: a / b | - | - | - | - | - |" in text
     assert "| all | one GPU | 36 | 1 | does not fit: CUDA out of memory | - | - | - | - |" in text
     assert "| all | FSDP2 | 36 | 2 | 2.50 | 6,554 | 400 | 50% | 100.0 |" in text

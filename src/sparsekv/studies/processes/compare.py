@@ -17,6 +17,8 @@ from sparsekv.studies.processes.runs import RUNS
 
 Line = dict[str, Any]
 TIMES = 3
+SAME = 1e-7
+"""The last bits of a float32 loss."""
 
 
 def worst(losses: Sequence[float], others: Sequence[float]) -> float:
@@ -27,14 +29,14 @@ def worst(losses: Sequence[float], others: Sequence[float]) -> float:
 
 
 def compared(name: str, losses: Sequence[float], lines: Sequence[Line]) -> Line:
-    """Of one run: worst, noise, bound and whether it is within, and the scale; lines: those of the others so far, whole
-    or failed. What these lack is None, and empty for a run that others are compared with."""
+    """Of one run: worst, rounding (the noise), bound and whether it is within, and the scale; lines: those of the others
+    so far, whole or failed. What these lack is None, and empty for a run that others are compared with."""
     like = RUNS[name].like
     if like is None:
         return {}
     made = {line["run"]: line["losses"] for line in lines if "error" not in line}
     if like not in made:
-        return {"worst": None, "noise": None, "bound": None, "within": None, "scale": None}
+        return {"worst": None, "rounding": None, "bound": None, "within": None, "scale": None}
     one, far = made[like], worst(losses, made[like])
     scale = median([abs(b - a) for a, b in pairwise(one)])
     if RUNS[name].noise:
@@ -44,8 +46,13 @@ def compared(name: str, losses: Sequence[float], lines: Sequence[Line]) -> Line:
     bound = None if noise is None else TIMES * noise
     return {
         "worst": far,
-        "noise": noise,
+        "rounding": noise,
         "bound": bound,
         "within": None if bound is None else far <= bound,
         "scale": scale,
     }
+
+
+def same_steps(losses: Sequence[float], others: Sequence[float]) -> int:
+    """How many steps, from the first on, have the same loss within SAME."""
+    return next((i for i, (a, b) in enumerate(zip(losses, others, strict=True)) if abs(a - b) > SAME), len(losses))

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv.markdown import replaced, table
-from sparsekv.studies.processes.compare import TIMES, Line
+from sparsekv.studies.processes.compare import TIMES, Line, same_steps
+from sparsekv.studies.processes.runs import RUNS
 from sparsekv.studies.runner import read_lines
 
 BLOCK = "two-gpus"
@@ -50,10 +51,23 @@ def _losses(lines: list[Line]) -> Iterable[str]:
         "that each is beside: they differ in the order of sums and in where bfloat16 rounds, and in nothing else. "
         "Peak: of the first GPU. Seconds: where the run had its GPUs to itself."
     )
+    yield from _like_one_in_parts({line["run"]: line for line in made})
+
+
+def _like_one_in_parts(made: dict[str, Line]) -> Iterable[str]:
+    """Replicas and shards sum what one process sums that takes a step's rows in two parts."""
+    said = []
+    for name, line in made.items():
+        split = f"{line['like']}-split"
+        if line["way"] in ("replicas", "shards") and split in made:
+            steps = same_steps(line["losses"], made[split]["losses"])
+            said.append(f"`{name}` has the losses of `{split}` to the last bits in its first {steps} steps")
+    if said:
+        yield "; ".join(said) + ": both sum the same two parts of each step's rows."
 
 
 def _noises(lines: list[Line]) -> list[str]:
-    return [line["run"] for line in lines if line["noise"]]
+    return [line["run"] for line in lines if RUNS[line["run"]].noise]
 
 
 def _loss_row(line: Line) -> tuple[str, ...]:
@@ -67,7 +81,7 @@ def _loss_row(line: Line) -> tuple[str, ...]:
         line["like"] or "-",
         _small(line.get("worst")),
         _small(line.get("bound")),
-        "noise" if line["noise"] else _VERDICTS[line.get("within")],
+        "noise" if RUNS[line["run"]].noise else _VERDICTS[line.get("within")],
         _small(line.get("scale")),
         f"{line['seconds_per_step']:.3f}" if line["own_gpus"] else "-",
         "-" if line["memory_gib"] is None else f"{line['memory_gib']:.1f}",
