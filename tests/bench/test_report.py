@@ -10,8 +10,8 @@ from sparsekv.bench.targets import against_targets, find
 from sparsekv.markdown import markers
 
 (BEGIN, END), (BEGIN_CPU, END_CPU) = markers(BLOCK), markers(CPU_BLOCK)
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/h100.jsonl"
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks/results/h100.jsonl"
 
 
 @pytest.fixture
@@ -19,30 +19,38 @@ def rows():
     return [json.loads(line) for line in RESULTS.read_text().splitlines()]
 
 
-def test_the_published_tables_are_those_of_the_results(tmp_path):
-    page, source = tmp_path / "page.md", ROOT / "docs/performance.md"
-    page.write_text(source.read_text())
-    assert main([str(RESULTS), str(page)]) == 0
-    assert page.read_text() == source.read_text()
+def pages(folder, text):
+    paths = [folder / "page.md", folder / "readme.md"]
+    for path in paths:
+        path.write_text(text)
+    return paths
+
+
+@pytest.mark.parametrize("name", ["docs/performance.md", "README.md"])
+def test_the_published_tables_are_those_of_the_results(tmp_path, name):
+    paths = [tmp_path / "page.md", tmp_path / "readme.md"]
+    for path, source in zip(paths, ("docs/performance.md", "README.md"), strict=True):
+        path.write_text((ROOT / source).read_text())
+    assert main([str(RESULTS), *map(str, paths)]) == 0
+    assert paths[name == "README.md"].read_text() == (ROOT / name).read_text()
 
 
 def test_only_the_block_changes(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nSTALE\n{END}\nafter\n")
-    assert main([str(RESULTS), str(page)]) == 0
-    text = page.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n")
-    assert text.endswith(f"\n{END}\nafter\n")
-    assert "STALE" not in text
+    paths = pages(tmp_path, f"before\n{BEGIN}\nSTALE\n{END}\nafter\n")
+    assert main([str(RESULTS), *map(str, paths)]) == 0
+    for path in paths:
+        text = path.read_text()
+        assert text.startswith(f"before\n{BEGIN}\n")
+        assert text.endswith(f"\n{END}\nafter\n")
+        assert "STALE" not in text
 
 
 @pytest.mark.parametrize("text", ["none", f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
 def test_a_page_without_markers_is_left_alone(tmp_path, capsys, text):
-    page = tmp_path / "page.md"
-    page.write_text(text)
-    assert main([str(RESULTS), str(page)]) == 2
+    paths = pages(tmp_path, text)
+    assert main([str(RESULTS), *map(str, paths)]) == 2
     assert "once each" in capsys.readouterr().err
-    assert page.read_text() == text
+    assert [path.read_text() for path in paths] == [text, text]
 
 
 def test_verdicts_follow_the_measurement(rows):

@@ -17,7 +17,7 @@ def llm_of(policy: str) -> LLM:
 
 
 def drawn(llm: LLM, *, tokens: int, width: int = 3) -> list[list[Chain]]:
-    ends = list(range(1, len(llm.tokenizer), 12))  # so that chains end at many lengths
+    ends = list(range(1, len(llm.tokenizer), 24))  # so that chains end at many lengths
     params = SamplingParams(n=width, max_tokens=tokens, temperature=1.5, stop_token_ids=ends)
     return draw_chains(llm, prompts(9, 5), params, seeds=SEEDS)
 

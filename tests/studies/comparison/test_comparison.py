@@ -18,6 +18,7 @@ from sparsekv.policies import policy_names
 from sparsekv.studies.comparison.__main__ import STUDY, main
 from sparsekv.studies.comparison.cells import _bench, grouped_cells
 from sparsekv.studies.comparison.report import BLOCK
+from sparsekv.studies.comparison.results import Results
 from sparsekv.studies.comparison.study import load_study
 from sparsekv.studies.runner import read_lines
 
@@ -189,3 +190,22 @@ def test_a_page_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "r.jsonl").write_text("")
     assert main(["report", str(tmp_path / "r.jsonl"), str(tmp_path / "page.md")]) == 2
     assert f"there is no page {tmp_path / 'page.md'}; give one with the lines {BEGIN}" in capsys.readouterr().err
+
+
+def test_a_method_s_own_share_is_that_of_which_most_was_measured() -> None:
+    """Whatever ends first."""
+    share = {"method": "dms-quest", "cr": 4.0, "task": "perplexity"}
+    lines = [share | {"reads": 0.75}, share | {"reads": 0.375}, share | {"reads": 0.375, "task": "look-up"}]
+    for order in (lines, lines[::-1]):
+        found = Results(lines=order).of("dms-quest", 4.0)
+        assert [line["reads"] for line in found] == [0.375, 0.375]
+    assert Results(lines=[]).of("dms-quest", 4.0) == []
+
+
+def test_the_published_tables_are_those_of_the_results(tmp_path: Path) -> None:
+    root = Path(sparsekv.__file__).parents[2]
+    published = (root / "docs/comparison.md").read_text()
+    page = tmp_path / "page.md"
+    page.write_text(published)
+    assert main(["report", str(root / "benchmarks/results/comparison.jsonl"), str(page)]) == 0
+    assert page.read_text() == published

@@ -59,10 +59,12 @@ class Results:
         return sorted({DENSE} | {line["method"] for line in self.lines if line["cr"] == ratio}, key=in_order)
 
     def of(self, method: str, ratio: float | None) -> list[Line]:
-        """A method's at a ratio, with what it reads by default."""
+        """A method's at a ratio, with what it reads by default: the share of which most was measured, since of other
+        shares only running text is. Cells end in any order."""
         cr = None if method == DENSE else ratio
         found = [line for line in self.lines if (line["method"], line["cr"]) == (method, cr)]
-        return [line for line in found if line["reads"] == found[0]["reads"]]
+        shares = [line["reads"] for line in found]
+        return [line for line in found if line["reads"] == max(shares, key=shares.count)]
 
     def shares(self, ratio: float) -> list[Line]:
         """On running text, a line for each share that a method reads of what it holds, the largest first."""

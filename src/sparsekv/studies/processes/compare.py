@@ -29,8 +29,8 @@ def worst(losses: Sequence[float], others: Sequence[float]) -> float:
 
 
 def compared(name: str, losses: Sequence[float], lines: Sequence[Line]) -> Line:
-    """Of one run: worst, rounding (the noise), bound and whether it is within, and the scale; lines: those of the others
-    so far, whole or failed. What these lack is None, and empty for a run that others are compared with."""
+    """Of one run: worst, rounding (the noise), bound and whether it is within, and the scale; lines: of the others so
+    far, whole or failed. What these lack is None, and empty for a run that others are compared with."""
     like = RUNS[name].like
     if like is None:
         return {}
