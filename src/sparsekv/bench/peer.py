@@ -9,6 +9,7 @@ vLLM is not a dependency: run this where it is installed, with VLLM_WORKER_MULTI
 cannot be forked off a process that has asked for the GPU.
 """
 
+import importlib
 import json
 import sys
 import tempfile
@@ -59,8 +60,7 @@ def bench_peer(works: Sequence[Work], *, device: torch.device) -> Iterator[dict[
 
 
 def _group(works: list[Work], device: torch.device) -> Iterator[dict[str, Any]]:
-    import vllm
-
+    vllm = _vllm()
     work, rows = works[0], max(each.rows for each in works)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -103,6 +103,13 @@ def _group(works: list[Work], device: torch.device) -> Iterator[dict[str, Any]]:
         yield {"work": each.name, **sizes, **figures, **shared}
 
 
+def _vllm() -> Any:
+    try:
+        return importlib.import_module("vllm")
+    except ImportError as error:
+        raise ValueError("vLLM is not installed here: run this in an environment that has it") from error
+
+
 def _name_its_class(config: Path, shape: str) -> None:
     """vLLM asks for the model's class by name, which a configuration alone does not say."""
     names = {"Qwen3Config": "Qwen3ForCausalLM", "LlamaConfig": "LlamaForCausalLM"}
@@ -111,10 +118,8 @@ def _name_its_class(config: Path, shape: str) -> None:
 
 
 def _params(sampling: str, tokens: int, n: int = 1) -> Any:
-    from vllm import SamplingParams
-
     options = {key: value for key, value in SAMPLING[sampling].items() if key != "seed"}
-    return SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, n=n, **options)
+    return _vllm().SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, n=n, **options)
 
 
 def _generate(llm: Any, prompts: list[list[int]], params: list[Any]) -> int:

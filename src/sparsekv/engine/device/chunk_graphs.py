@@ -8,6 +8,8 @@ These graphs have memory of their own: in a step they run between the decodes' g
 recorded after them would write its logits where they keep what they are computing.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,7 +66,7 @@ class ChunkGraphs:
     """forward: of compiled_decode; pool: of torch.cuda.graph_pool_handle, not the decodes'; max_tokens: of any
     sequence."""
 
-    def __init__(self, forward: CompiledForward, cache: EngineCache, *, pool: tuple[int, int], max_tokens: int) -> None:
+    def __init__(self, forward: CompiledForward, cache: EngineCache, *, pool: Any, max_tokens: int) -> None:
         self.cache = cache
         self.forward = forward
         self._buffers = PaddedChunks(cache.ragged.lengths.device, max_tokens=max_tokens)

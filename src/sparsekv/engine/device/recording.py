@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ WARM_UPS = 2
 """Runs before recording: compilation, and kernels' own first-time work."""
 
 
-def record(forward: Callable[[], Tensor], *, pool: tuple[int, int], what: str) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def record(forward: Callable[[], Tensor], *, pool: Any, what: str) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """The graph and what it gives, which each replay writes anew. pool: of torch.cuda.graph_pool_handle; what: it is,
     for the log. The warm-ups run for real."""
     begun = time.perf_counter()
