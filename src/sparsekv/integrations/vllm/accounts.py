@@ -80,6 +80,10 @@ class Accounts:
     def __len__(self) -> int:
         return len(self._accounts)
 
+    def __contains__(self, request: str) -> bool:
+        """Whether it has a row."""
+        return request in self._accounts
+
     def bound(self, request: str, tokens: int) -> int:
         """The most pages of any worker that a request can have taken with `tokens` tokens."""
         account = self._accounts.get(request)
@@ -88,12 +92,16 @@ class Accounts:
             return dense
         return max(self._bound(measured, tokens) for measured in account.measured.values())
 
+    def needs(self, request: str, tokens: int) -> int:
+        """Credits for the bound."""
+        return -(-self.bound(request, tokens) // self.heads)
+
     def lacks(self, request: str, tokens: int) -> int | None:
         """Credits that a request must be given before it may have `tokens` tokens; None where no row is left for it."""
         account = self._accounts.get(request)
         if account is None and not self._free_rows:
             return None
-        return max(0, self._need(request, tokens) - (len(account.credits) if account else 0))
+        return max(0, self.needs(request, tokens) - (len(account.credits) if account else 0))
 
     def enter(self, request: str) -> int:
         """Give a new request a row, which it returns."""
@@ -107,7 +115,7 @@ class Accounts:
         account = self._accounts[request]
         account.credits.extend(credits)
         account.scheduled = max(account.scheduled, tokens)
-        assert len(account.credits) >= self._need(request, account.scheduled), "a request runs without enough credits"
+        assert len(account.credits) >= self.needs(request, account.scheduled), "a request runs without enough credits"
 
     def leave(self, request: str) -> list[Any]:
         """The request is over, or will start again: its credits are free, and its row is once the workers know. Empty
@@ -139,24 +147,34 @@ class Accounts:
             account.measured[worker] = _Measured(
                 seen=seen, pages=pages, hist=np.asarray(hist), near=near[account.row].tolist()
             )
-            need = self._need(request, account.scheduled)
+            need = self.needs(request, account.scheduled)
             surplus += account.credits[need:]
             del account.credits[need:]
         return surplus
 
-    def totals(self) -> dict[str, int]:
-        """What running requests had at the last report: rows, tokens seen, pages of the fullest worker; and the credits
-        that they hold."""
-        seen = pages = 0
+    def totals(self) -> dict[str, float]:
+        """What running requests had at the last report: tokens seen, tokens held (averaged over all heads), pages of
+        the fullest worker; and the credits that they hold."""
+        seen = held = pages = credits = 0
         for account in self._accounts.values():
             measured = account.measured.values()
             seen += max((m.seen for m in measured), default=0)
             pages += max((m.pages for m in measured), default=0)
-        credits = sum(len(account.credits) for account in self._accounts.values())
-        return {"rows": len(self._accounts), "seen": seen, "pages": pages, "credits": credits}
+            heads = sum(int(m.hist.sum()) for m in measured)
+            held += sum(self._slots(m) for m in measured) / heads if heads else 0
+            credits += len(account.credits)
+        return {
+            "requests": len(self._accounts),
+            "tokens_seen": seen,
+            "tokens_held": held,
+            "pages": pages,
+            "credits": credits,
+        }
 
-    def _need(self, request: str, tokens: int) -> int:
-        return -(-self.bound(request, tokens) // self.heads)
+    def _slots(self, measured: _Measured) -> int:
+        """Slots in use: all of the pages but the last ones' rest."""
+        rest = np.where(self._residue > 0, self.page_size - self._residue, 0)
+        return measured.pages * self.page_size - int(measured.hist @ rest)
 
     def _bound(self, measured: _Measured, tokens: int) -> int:
         more = max(0, tokens - measured.seen)
