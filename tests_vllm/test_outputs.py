@@ -113,15 +113,17 @@ def arrivals_and_aborts(llm: Any, made: Any, want: list[list[int]], *, seed: int
 )
 def test_families(made, family, options):
     found = made(family)
+    want = expected(found)  # first: vLLM's Transformers backend changes Transformers' own classes
     with engine(found, num_gpu_blocks_override=BLOCKS, max_num_batched_tokens=48, **options) as llm:
-        assert [x for (x,) in texts(llm, found.prompts, greedy())] == expected(found)
-        assert manager(llm).waits > 0
+        assert [x for (x,) in texts(llm, found.prompts, greedy())] == want
         assert nothing_is_left(llm)
 
 
 def test_lag_one(made):
     """As NVIDIA's checkpoints decide."""
     found = made("Llama", lag=1)
+    want = expected(found)
+    assert want != expected(made("Llama"))
     with engine(found, num_gpu_blocks_override=BLOCKS, max_num_batched_tokens=48) as llm:
-        assert [x for (x,) in texts(llm, found.prompts, greedy())] == expected(found)
+        assert [x for (x,) in texts(llm, found.prompts, greedy())] == want
         assert nothing_is_left(llm)

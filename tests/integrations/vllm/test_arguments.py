@@ -15,7 +15,7 @@ from sparsekv.dms import NeuronSource
 from sparsekv.integrations.vllm import engine_args, serve_arguments
 from sparsekv.integrations.vllm.arguments import command_line
 from sparsekv.integrations.vllm.settings import read_settings
-from sparsekv.integrations.vllm.version import refusal
+from sparsekv.integrations.vllm.versions import refusal
 from sparsekv.modeling.adapter import PREFIX, AdapterConfig, base_shape, write_adapter
 
 

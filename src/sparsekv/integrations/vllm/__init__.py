@@ -5,10 +5,13 @@ rows (manager), the workers keep pages, lengths and tables (rows); a KV connecto
 (connector); the loader puts our attention into the layers (loader, layer, backend).
 """
 
+# vLLM is not installed where types are checked.
+# pyright: reportMissingImports=false
+
 import logging
 
 from sparsekv.integrations.vllm.arguments import engine_args, serve_arguments
-from sparsekv.integrations.vllm.version import refusal
+from sparsekv.integrations.vllm.versions import refusal
 
 __all__ = ["engine_args", "register", "serve_arguments"]
 

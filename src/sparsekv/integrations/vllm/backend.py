@@ -3,6 +3,9 @@
 Under a CUDA graph nothing here may move: rows and positions are written into buffers that are made once.
 """
 
+# vLLM is not installed where types are checked.
+# pyright: reportMissingImports=false
+
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

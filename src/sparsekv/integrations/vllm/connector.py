@@ -2,6 +2,9 @@
 rows hold comes back. It moves no keys and values.
 """
 
+# vLLM is not installed where types are checked.
+# pyright: reportMissingImports=false
+
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 

@@ -5,6 +5,9 @@ pre-hook on the module leaves it in a place that the layer empties, which torch.
 it as an argument: a true dependence, and no pointer that outlives a CUDA graph's step.
 """
 
+# vLLM is not installed where types are checked.
+# pyright: reportMissingImports=false
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +110,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, output: T
     if governed.last and output.is_cuda:
         # The host hears of a shortage late (Rows.report): no token may leave the device before.
         enough = governed.rows.cache.pool.free_count[0] >= 0
-        torch._assert_async(enough, SHORTAGE)
+        torch._assert_async(enough, SHORTAGE)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @_attend.register_fake

@@ -3,6 +3,9 @@
 What it allocates (heads, page tables) is there before vLLM profiles memory, so that room is left for it.
 """
 
+# vLLM is not installed where types are checked.
+# pyright: reportMissingImports=false
+
 from dataclasses import replace
 from typing import Any
 

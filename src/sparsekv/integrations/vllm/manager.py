@@ -5,6 +5,9 @@ of the table, less one, is the row, on the device and ordered as the batch, and 
 block 0.
 """
 
+# vLLM is not installed where types are checked.
+# pyright: reportMissingImports=false
+
 from typing import Any
 from weakref import WeakValueDictionary
 

@@ -1,5 +1,8 @@
 """What vLLM is told: a load format, a cache spec with its manager, an attention backend."""
 
+# vLLM is not installed where types are checked.
+# pyright: reportMissingImports=false
+
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs

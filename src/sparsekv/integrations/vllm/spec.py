@@ -4,6 +4,9 @@ vLLM then sizes, limits and reports the cache in bytes that are true. The layers
 the pool of pages; the first layer alone names its spec.
 """
 
+# vLLM is not installed where types are checked.
+# pyright: reportMissingImports=false
+
 from dataclasses import dataclass
 from typing import Any, Self
 

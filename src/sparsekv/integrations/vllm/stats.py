@@ -1,5 +1,8 @@
 """What the cache holds, among vLLM's own metrics: in its log, and for Prometheus as vllm:sparsekv_*."""
 
+# vLLM is not installed where types are checked.
+# pyright: reportMissingImports=false
+
 from dataclasses import dataclass
 from typing import Any
 
