@@ -20,6 +20,7 @@ os.environ |= {
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 torch.set_num_threads(1)
 settings.register_profile("sparsekv", deadline=None, derandomize="CI" in os.environ)

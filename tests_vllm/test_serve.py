@@ -1,4 +1,4 @@
-"""`vllm serve` with the plugin, driven by OpenAI's own client: chat, streams, samples, cancellation, and clients at
+"""vLLM's server with the plugin, driven by OpenAI's own client: chat, streams, samples, cancellation, and clients at
 once over a pool that is too small."""
 
 import os
@@ -30,7 +30,8 @@ def client(made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     own = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "6", "--num-gpu-blocks-override", "10"]
     own += ["--enforce-eager", "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
     log = tmp_path_factory.mktemp("serve") / "log.txt"
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", *words, *own]
+    # What `vllm serve` runs: that command looks for a package named vllm, which the CPU build is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *words, *own]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=environment) as server:
         found = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)

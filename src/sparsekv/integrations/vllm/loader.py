@@ -69,7 +69,7 @@ def install(model: nn.Module, vllm_config: VllmConfig, method: Method) -> None:
     device = next(model.parameters()).device
     numbers = [extract_layer_index(name) for name in names]
     heads = [_heads(method, number, first.num_kv_heads, config, vllm_config, device) for number in numbers]
-    policy = make(method, heads)
+    policy = make(method, heads, device=device)
     rows = Rows(
         [policy] * len(names),
         kv_heads=first.num_kv_heads,

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sparsekv.modeling.adapter import AdapterConfig, LoadedAdapter, load_adapter
 from sparsekv.policies import Policy, make_policy
 from sparsekv.policies.dms import DMSPolicy
@@ -107,14 +109,16 @@ def resolve(settings: Settings, config: "PreTrainedConfig") -> Method:
     )
 
 
-def make(method: Method, heads: list[Any]) -> Policy:
+def make(method: Method, heads: list[Any], *, device: torch.device) -> Policy:
     """The policy of a worker's layers; heads: an EvictionHead for each of them, of the worker's own KV heads."""
     settings = method.settings
     if method.loaded is None:
         return make_policy("streaming", budget=settings.budget, sinks=settings.sinks)
     config = method.loaded.config
     offset = 0.0 if settings.cr is None else config.offset_for(settings.cr, tokens=settings.tokens)
-    return DMSPolicy(heads, window=config.window, lag=config.lag, offset=offset)
+    policy = DMSPolicy(heads, window=config.window, lag=config.lag, offset=offset)
+    policy.offset_on(device)  # made before any CUDA graph is recorded
+    return policy
 
 
 def _check_adapter(name: str, config: AdapterConfig) -> None:
