@@ -9,12 +9,12 @@ from sparsekv.integrations.vllm import engine_args
 
 
 @contextmanager
-def engine(made: Any, **options: Any) -> Iterator[Any]:
-    """A vllm.LLM, gone at the end."""
+def engine(made: Any, *, method: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
+    """A vllm.LLM, gone at the end. method: what it runs; else the adapter as trained."""
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    arguments = engine_args(made.model, adapter=made.adapter)
+    arguments = engine_args(made.model, **({"adapter": made.adapter} if method is None else method))
     defaults = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 6, "enforce_eager": True, "seed": 0}
     llm = LLM(**(arguments | defaults | options))
     try:

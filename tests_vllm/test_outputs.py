@@ -7,8 +7,10 @@ import random
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
-from engines import engine, greedy, manager, nothing_is_left, scheduler, texts
+import sparsekv
+from engines import engine, greedy, manager, nothing_is_left, rows, scheduler, texts
 
 BLOCKS = 10
 """One for vLLM's padding, eight for 256 tokens, one to spare."""
@@ -52,6 +54,11 @@ def test_llama_in_a_pool_that_is_too_small(made):
         stop_strings(llm, llama)
         for seed in range(3):
             arrivals_and_aborts(llm, llama, want, seed=seed)
+
+        # An account that is wrong: there are fewer pages than the scheduler believes. No answer is the right answer.
+        rows(llm).cache.pool.free_count.fill_(20)
+        with pytest.raises(RuntimeError, match=r"pages are needed and .* are free; the KV pages ran short"):
+            texts(llm, llama.prompts, greedy())
 
 
 def n_samples(llm: Any, made: Any, want: list[list[int]]) -> None:
@@ -125,5 +132,18 @@ def test_lag_one(made):
     want = expected(found)
     assert want != expected(made("Llama"))
     with engine(found, num_gpu_blocks_override=BLOCKS, max_num_batched_tokens=48) as llm:
+        assert [x for (x,) in texts(llm, found.prompts, greedy())] == want
+        assert nothing_is_left(llm)
+
+
+def test_streaming(made):
+    """The second policy: no adapter, the same for all heads."""
+    found, params = made("Llama"), {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True}
+    method = {"policy": "streaming", "budget": 24, "sinks": 3}
+    model = AutoModelForCausalLM.from_pretrained(found.model, dtype="float32").eval()
+    with sparsekv.LLM(model, kv_memory="64MiB", **method) as reference:
+        outputs = reference.generate(found.prompts, sparsekv.SamplingParams(**params))
+    want = [list(output.outputs[0].token_ids) for output in outputs]
+    with engine(found, method=method, num_gpu_blocks_override=BLOCKS, max_num_batched_tokens=48) as llm:
         assert [x for (x,) in texts(llm, found.prompts, greedy())] == want
         assert nothing_is_left(llm)

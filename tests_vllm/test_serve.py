@@ -43,7 +43,7 @@ def client(made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             server.wait(60)
 
 
-def wait_for(client: Any, server: Any, log: Path, seconds: float = 400) -> None:
+def wait_for(client: Any, server: Any, log: Path, seconds: float = 600) -> None:
     """Until it answers."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
