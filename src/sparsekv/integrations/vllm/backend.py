@@ -138,7 +138,7 @@ class SparseBackend(AttentionBackend):
         return SparseBuilder
 
     @staticmethod
-    def get_supported_kernel_block_sizes() -> list[Any]:
+    def get_supported_kernel_block_sizes(*args: Any) -> list[Any]:
         return [PAGE_SIZE]  # so that vLLM never splits a block
 
     @staticmethod

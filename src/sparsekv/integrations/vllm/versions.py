@@ -2,7 +2,7 @@
 
 import re
 
-OLDEST, NEWEST = (0, 26), (0, 26)
+OLDEST, NEWEST = (0, 26), (0, 32)
 """Minor releases, both included. The tests run at the ends: `make test-vllm`."""
 
 
