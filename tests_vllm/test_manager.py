@@ -53,6 +53,8 @@ def give(manager: CreditManager, name: str, tokens: int) -> list[int]:
 
 def report(manager: CreditManager, row: int, *, seen: int, length: int) -> None:
     table = np.zeros((ROWS, 34), dtype=np.int32)
+    table[:, 2] = HEADS  # of empty rows
+    table[row, 2] = 0
     table[row, 0], table[row, 1], table[row, 2 + length % 32] = seen, HEADS * -(-length // 32), HEADS
     manager.settle(0, Report(step=manager.accounts.step, table=table))
 

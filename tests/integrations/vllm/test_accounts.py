@@ -164,6 +164,7 @@ TestServing = Serving.TestCase
 
 def table_of(*lengths: int, seen: int) -> Any:
     table = np.zeros((ROWS, 2 + SIZE), dtype=np.int32)
+    table[:, 2] = len(lengths)  # heads of empty rows
     table[0] = [seen, sum(-(-n // SIZE) for n in lengths), *np.bincount(np.array(lengths) % SIZE, minlength=SIZE)]
     return table
 

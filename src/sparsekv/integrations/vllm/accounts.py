@@ -40,6 +40,9 @@ class _Measured:
 
     seen: int
     pages: int
+    slots: int
+    """In use, over all heads."""
+    heads: int
     hist: Table
     near: list[int]
     """Pages that 0, 1 ... NEAR tokens more can take."""
@@ -76,6 +79,8 @@ class Accounts:
         residue = np.arange(page_size, dtype=np.int64)
         self._residue = residue
         self._near = np.stack([self._growth(t) for t in range(NEAR + 1)], axis=1)
+        self._rest = np.where(residue > 0, page_size - residue, 0)
+        """Slots that are not in use of a head's last page."""
 
     def __len__(self) -> int:
         return len(self._accounts)
@@ -138,14 +143,17 @@ class Accounts:
         if report.step <= self._last_report.get(worker, 0):
             return []
         self._last_report[worker] = report.step
-        near = report.table[:, 2:] @ self._near
+        counts, hist = report.table[:, :2].tolist(), report.table[:, 2:]
+        near, rest, heads = (hist @ self._near).tolist(), (hist @ self._rest).tolist(), int(hist[0].sum())
         surplus: list[Any] = []
         for request, account in self._accounts.items():
             if report.step < account.first_step:
                 continue
-            seen, pages, *hist = report.table[account.row].tolist()
+            row = account.row
+            seen, pages = counts[row]
+            slots = pages * self.page_size - rest[row]
             account.measured[worker] = _Measured(
-                seen=seen, pages=pages, hist=np.asarray(hist), near=near[account.row].tolist()
+                seen=seen, pages=pages, slots=slots, heads=heads, hist=hist[row], near=near[row]
             )
             need = self.needs(request, account.scheduled)
             surplus += account.credits[need:]
@@ -158,10 +166,10 @@ class Accounts:
         seen = held = pages = credits = 0
         for account in self._accounts.values():
             measured = account.measured.values()
-            seen += max((m.seen for m in measured), default=0)
-            pages += max((m.pages for m in measured), default=0)
-            heads = sum(int(m.hist.sum()) for m in measured)
-            held += sum(self._slots(m) for m in measured) / heads if heads else 0
+            if measured:
+                seen += max(m.seen for m in measured)
+                pages += max(m.pages for m in measured)
+                held += sum(m.slots for m in measured) / sum(m.heads for m in measured)
             credits += len(account.credits)
         return {
             "requests": len(self._accounts),
@@ -170,11 +178,6 @@ class Accounts:
             "pages": pages,
             "credits": credits,
         }
-
-    def _slots(self, measured: _Measured) -> int:
-        """Slots in use: all of the pages but the last ones' rest."""
-        rest = np.where(self._residue > 0, self.page_size - self._residue, 0)
-        return measured.pages * self.page_size - int(measured.hist @ rest)
 
     def _bound(self, measured: _Measured, tokens: int) -> int:
         more = max(0, tokens - measured.seen)
