@@ -2,7 +2,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 PYTHON ?= python3
 
-.PHONY: install demo test test-oldest lint docs bench-cpu
+.PHONY: install demo test test-oldest test-vllm lint docs bench-cpu
 
 install: $(STAMP)
 
@@ -24,6 +24,19 @@ test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install 'torch==2.11.*' 'transformers==5.17.*' 'triton==3.6.*' 'numpy<2.4' -e '.[dev,eval,train]'
 	$(OLDEST)/bin/pytest -n 2
+
+# The plugin inside vLLM, on the CPU, in an environment of its own: vLLM pins its own versions. VLLM=0.32 is the newest.
+VLLM := 0.26
+
+test-vllm: .venv-vllm-$(VLLM)/.installed
+	OMP_NUM_THREADS=1 .venv-vllm-$(VLLM)/bin/python -m pytest -c tests_vllm/pytest.ini tests_vllm
+
+.venv-vllm-%/.installed: pyproject.toml tests_vllm/pins/%.txt tests_vllm/pins/%-vllm.txt
+	$(PYTHON) -m venv .venv-vllm-$*
+	.venv-vllm-$*/bin/python -m pip install -r tests_vllm/pins/$*.txt
+	.venv-vllm-$*/bin/python -m pip install --no-deps --require-hashes -r tests_vllm/pins/$*-vllm.txt
+	.venv-vllm-$*/bin/python -m pip install --no-deps -e .
+	touch $@
 
 lint: install
 	$(VENV)/bin/ruff check

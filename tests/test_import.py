@@ -30,6 +30,14 @@ def test_every_public_name_resolves_to_itself(name):
     assert getattr(sparsekv, name).__name__ == name
 
 
+def test_integrations_need_no_import_of_their_own():
+    """And not the engine that they are for, until vLLM itself asks."""
+    code = "import sys, sparsekv; print(sparsekv.integrations.vllm.engine_args.__name__, 'vllm' in sys.modules)"
+    assert _run(code).split() == ["engine_args", "False"]
+    with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
+        sparsekv.integrations.nonesuch  # noqa: B018
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
         sparsekv.nonesuch  # noqa: B018

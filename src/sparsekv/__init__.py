@@ -38,6 +38,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "integrations":
+        return import_module("sparsekv.integrations")
     if name not in _HOMES:
         raise AttributeError(f"module 'sparsekv' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -46,8 +46,10 @@ class PagePool:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         states: Sequence[State] = (),
+        kv: Tensor | None = None,
     ) -> None:
-        self.kv = torch.zeros(pages, 2, page_size, head_dim, dtype=dtype, device=device)
+        """kv: the pages themselves, where someone else has allocated them; what they hold is forgotten."""
+        self.kv = torch.zeros(pages, 2, page_size, head_dim, dtype=dtype, device=device) if kv is None else kv
         self.free = torch.arange(pages - 1, -2, -1, dtype=torch.int32, device=device)
         self.free_count = torch.full((1,), pages, dtype=torch.int32, device=device)
         self.extra_owners = torch.zeros(pages, dtype=torch.int32, device=device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsekv.cache.pages import PagePool
 from sparsekv.cache.state import LayerState, State
 from sparsekv.ops.layout import LayerPages, ring_positions
+from sparsekv.ops.release import Tables
 
 
 class RaggedCache:
@@ -62,6 +63,18 @@ class RaggedCache:
             free=self.pool.free,
             free_count=self.pool.free_count,
             tickets=self.tickets,
+        )
+
+    def tables(self) -> Tables:
+        """Views of all layers at once, for ops.release."""
+        return Tables(
+            pages=self.pages,
+            lengths=self.lengths,
+            seen=self.seen,
+            free=self.pool.free,
+            free_count=self.pool.free_count,
+            extra_owners=self.pool.extra_owners,
+            page_size=self.pool.page_size,
         )
 
     def state(self, index: int) -> LayerState:

@@ -34,6 +34,7 @@ _COMMANDS = {
     ),
     "scale": ("sparsekv.cli.scale", "Many chains of many lengths at many ratios: what is right at equal cost."),
     "plan": ("sparsekv.cli.plan", "What a decode step will cost on a GPU: latency, memory, energy, price."),
+    "vllm-args": ("sparsekv.cli.vllm_args", "The arguments that make `vllm serve` forget."),
     "bench": ("sparsekv.cli.bench", "Speed, side by side with plain Transformers."),
 }
 """Name -> (module, one line of help)."""

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparsekv.dms import EvictionHead, NeuronSource
 from sparsekv.modeling.attached import ATTACHMENT
@@ -131,10 +131,14 @@ class LoadedAdapter:
             head.load_state_dict(self.heads[layer])
 
 
-def base_shape(model: PreTrainedModel) -> dict[str, Any]:
+def base_shape(model: PreTrainedModel | PreTrainedConfig) -> dict[str, Any]:
     """What an adapter must agree on with its base model."""
-    config = model.config.get_text_config(decoder=True)
+    config = _config_of(model).get_text_config(decoder=True)
     return {name: getattr(config, name, None) for name in SHAPE_KEYS}
+
+
+def _config_of(model: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:
+    return model.config if isinstance(model, PreTrainedModel) else model
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path, config: AdapterConfig) -> None:
@@ -213,8 +217,8 @@ def read_adapter(name: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     return _config(name, raw), state
 
 
-def load_adapter(name: str, model: PreTrainedModel) -> LoadedAdapter:
-    """Read an adapter (a folder or a hub id) for `model`.
+def load_adapter(name: str, model: PreTrainedModel | PreTrainedConfig) -> LoadedAdapter:
+    """Read an adapter (a folder or a hub id) for `model`, or for any model of a configuration.
 
     Raises ValueError where it is missing, damaged, or was trained for another model (naming both).
     """
@@ -223,7 +227,7 @@ def load_adapter(name: str, model: PreTrainedModel) -> LoadedAdapter:
     if config.base_shape != ours:
         raise ValueError(
             f"the adapter {name} was trained for {config.base_model_name_or_path} ({_shape(config.base_shape)}) "
-            f"and the model is {model.config.name_or_path or type(model).__name__} ({_shape(ours)})"
+            f"and the model is {_config_of(model).name_or_path or type(model).__name__} ({_shape(ours)})"
         )
     heads: dict[int, dict[str, Tensor]] = {}
     head_state: dict[str, Tensor] = {}

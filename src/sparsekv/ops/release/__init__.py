@@ -1,0 +1,3 @@
+from sparsekv.ops.release.api import BACKENDS, Tables, release
+
+__all__ = ["BACKENDS", "Tables", "release"]

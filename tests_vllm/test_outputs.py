@@ -1,0 +1,149 @@
+"""vLLM with the plugin says what sparsekv.LLM says, token for token: one engine a family, many requests.
+
+The pool holds little more than one whole sequence, so that requests are preempted all the time.
+"""
+
+import random
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import sparsekv
+from engines import engine, greedy, manager, nothing_is_left, rows, scheduler, texts
+
+BLOCKS = 10
+"""One for vLLM's padding, eight for 256 tokens, one to spare."""
+
+
+def expected(made: Any, **params: Any) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in made.answers(**params)]
+
+
+def watch_free(llm: Any) -> list[int]:
+    """Free blocks after each report, as they come."""
+    found, seen = manager(llm), list[int]()
+    settle = found.settle
+
+    def settled(*args: Any) -> None:
+        settle(*args)
+        seen.append(found.block_pool.get_num_free_blocks())
+
+    found.settle = settled
+    return seen
+
+
+def test_llama_in_a_pool_that_is_too_small(made):
+    llama = made("Llama")
+    answers = llama.answers()
+    assert 2 < sum(a.kv.tokens_seen for a in answers) / sum(a.kv.tokens_held for a in answers) < 4.5
+    want = [list(a.outputs[0].token_ids) for a in answers]
+    with engine(llama, num_gpu_blocks_override=BLOCKS, max_num_batched_tokens=512) as llm:
+        free = watch_free(llm)
+        assert [x for (x,) in texts(llm, llama.prompts, greedy())] == want
+        assert nothing_is_left(llm)
+        assert manager(llm).waits > 0 and min(free) < 3  # requests did wait for pages
+
+        for chunk in (16, 23, 64):
+            scheduler(llm).max_num_scheduled_tokens = chunk
+            assert [x for (x,) in texts(llm, llama.prompts, greedy())] == want, chunk
+            assert nothing_is_left(llm)
+        scheduler(llm).max_num_scheduled_tokens = 48
+
+        n_samples(llm, llama, want)
+        stop_strings(llm, llama)
+        for seed in range(3):
+            arrivals_and_aborts(llm, llama, want, seed=seed)
+
+        # An account that is wrong: there are fewer pages than the scheduler believes. No answer is the right answer.
+        rows(llm).cache.pool.free_count.fill_(20)
+        with pytest.raises(RuntimeError, match=r"pages are needed and .* are free; the KV pages ran short"):
+            texts(llm, llama.prompts, greedy())
+
+
+def n_samples(llm: Any, made: Any, want: list[list[int]]) -> None:
+    """top_k = 1 is greedy, and vLLM allows no samples of greedy itself."""
+    params = greedy(n=4, temperature=1.0, top_k=1)
+    got = texts(llm, made.prompts[2:6], params)
+    assert got == [[answer] * 4 for answer in want[2:6]]
+    assert nothing_is_left(llm)
+
+
+def stop_strings(llm: Any, made: Any) -> None:
+    whole = [output.outputs[0].text for output in made.answers()]
+    stops = [text[len(text) // 2 : len(text) // 2 + 3] for text in whole]
+    want = [made.answers([p], stop=[s])[0].outputs[0] for p, s in zip(made.prompts, stops, strict=True)]
+    outputs = llm.generate(
+        [{"prompt_token_ids": p} for p in made.prompts], [greedy(stop=[s]) for s in stops], use_tqdm=False
+    )
+    got = [o.outputs[0] for o in outputs]
+    assert [(list(g.token_ids), g.stop_reason) for g in got] == [(w.token_ids, w.stop_reason) for w in want]
+    assert any(len(w.token_ids) < 40 for w in want)
+    assert nothing_is_left(llm)
+
+
+def arrivals_and_aborts(llm: Any, made: Any, want: list[list[int]], *, seed: int) -> None:
+    """Requests come while others run, and some are aborted whenever."""
+    rng, core = random.Random(seed), llm.llm_engine
+    waiting = list(range(len(made.prompts))) * 2
+    rng.shuffle(waiting)
+    running: dict[str, int] = {}
+    done: dict[str, list[int]] = {}
+    aborted = 0
+    while waiting or running:
+        if waiting and rng.random() < 0.3:
+            index = waiting.pop()
+            name = f"{seed} {len(waiting)}"
+            core.add_request(name, {"prompt_token_ids": made.prompts[index]}, greedy())
+            running[name] = index
+        if running and rng.random() < 0.04:
+            name = rng.choice(sorted(running))
+            core.abort_request([name])
+            del running[name]
+            aborted += 1
+        for output in core.step():
+            if output.finished and output.request_id in running:
+                done[output.request_id] = list(output.outputs[0].token_ids)
+                assert done[output.request_id] == want[running.pop(output.request_id)]
+    assert aborted and done
+    assert nothing_is_left(llm)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Qwen3", {"enforce_eager": False}),
+        ("Mistral", {"model_impl": "transformers"}),
+        ("Qwen3Moe", {}),
+    ],
+    ids=["Qwen3 compiled", "Mistral by Transformers", "Qwen3Moe"],
+)
+def test_families(made, family, options):
+    found = made(family)
+    want = expected(found)  # first: vLLM's Transformers backend changes Transformers' own classes
+    with engine(found, num_gpu_blocks_override=BLOCKS, max_num_batched_tokens=48, **options) as llm:
+        assert [x for (x,) in texts(llm, found.prompts, greedy())] == want
+        assert nothing_is_left(llm)
+
+
+def test_lag_one(made):
+    """As NVIDIA's checkpoints decide."""
+    found = made("Llama", lag=1)
+    want = expected(found)
+    assert want != expected(made("Llama"))
+    with engine(found, num_gpu_blocks_override=BLOCKS, max_num_batched_tokens=48) as llm:
+        assert [x for (x,) in texts(llm, found.prompts, greedy())] == want
+        assert nothing_is_left(llm)
+
+
+def test_streaming(made):
+    """The second policy: no adapter, the same for all heads."""
+    found, params = made("Llama"), {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True}
+    method = {"policy": "streaming", "budget": 24, "sinks": 3}
+    model = AutoModelForCausalLM.from_pretrained(found.model, dtype="float32").eval()
+    with sparsekv.LLM(model, kv_memory="64MiB", **method) as reference:
+        outputs = reference.generate(found.prompts, sparsekv.SamplingParams(**params))
+    want = [list(output.outputs[0].token_ids) for output in outputs]
+    with engine(found, method=method, num_gpu_blocks_override=BLOCKS, max_num_batched_tokens=48) as llm:
+        assert [x for (x,) in texts(llm, found.prompts, greedy())] == want
+        assert nothing_is_left(llm)
