@@ -8,7 +8,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev,docs,eval,interpreter,train]'
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev,docs,eval,interpreter,server,train]'
 	touch $@
 
 demo: install
@@ -22,7 +22,7 @@ OLDEST := .venv-oldest
 
 test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install 'torch==2.11.*' 'transformers==5.17.*' 'triton==3.6.*' 'numpy<2.4' -e '.[dev,eval,train]'
+	$(OLDEST)/bin/python -m pip install 'torch==2.11.*' 'transformers==5.17.*' 'triton==3.6.*' 'numpy<2.4' -e '.[dev,eval,server,train]'
 	$(OLDEST)/bin/pytest -n 2
 
 lint: install
