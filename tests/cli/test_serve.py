@@ -1,4 +1,4 @@
-"""`sparsekv serve` as a process: a client's answer, SIGTERM under load, what it refuses; and the embedded model (slow)."""
+"""`sparsekv serve` as a process: SIGTERM under load, what it refuses, what the embedded model answers."""
 
 import os
 import signal
@@ -106,9 +106,10 @@ def test_the_embedded_model_answers() -> None:
         assert "Paris" in str(reply.choices[0].message.content)
         chunks = client.chat.completions.create(**options, stream=True)
         assert "".join(c.choices[0].delta.content or "" for c in chunks) == reply.choices[0].message.content
-        samples = client.chat.completions.create(**options | {"n": 4, "temperature": 0.7}, logprobs=True, top_logprobs=2)
+        options |= {"n": 4, "temperature": 0.7, "logprobs": True, "top_logprobs": 2}
+        samples = client.chat.completions.create(**options)
         assert len(samples.choices) == 4
         assert all(len(c.logprobs.content[0].top_logprobs) == 2 for c in samples.choices if c.logprobs)
+        tools: Any = [{"type": "function", "function": {"name": "f"}}]
         with pytest.raises(openai.BadRequestError, match="knows no tools"):
-            tools: Any = [{"type": "function", "function": {"name": "f"}}]
             client.chat.completions.create(**options, tools=tools)
