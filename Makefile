@@ -2,7 +2,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 PYTHON ?= python3
 
-.PHONY: install demo test test-oldest lint docs bench-cpu
+.PHONY: install demo test test-page test-oldest lint docs bench-cpu
 
 install: $(STAMP)
 
@@ -16,6 +16,11 @@ demo: install
 
 test: install
 	$(VENV)/bin/pytest -n 2
+
+# The server's page in headless Chromium; installs Debian's packages where they are missing.
+test-page: install
+	command -v chromium chromedriver > /dev/null || (apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver)
+	$(VENV)/bin/pytest -m page tests/page
 
 # The oldest versions that pyproject.toml allows. The interpreter of Triton 3.6 needs an older NumPy.
 OLDEST := .venv-oldest

@@ -11,6 +11,7 @@ import openai
 import tiny
 from serving import attached, engine
 from sparsekv import LLM
+from sparsekv.server.dial import Dial
 from sparsekv.server.run import DrainingServer
 from sparsekv.server.service import Service
 from sparsekv.server.settings import ServerSettings
@@ -53,9 +54,9 @@ def tiny_llm(policy: str = "dms", **options: Any) -> LLM:
 
 
 @contextmanager
-def serving(llm: LLM, **settings: Any) -> Iterator[Running]:
-    """Within, the server runs. At its end it drains."""
-    service = Service(llm, ServerSettings(**{"name": "tiny"} | settings))
+def serving(llm: LLM, *, dial: Dial | None = None, **settings: Any) -> Iterator[Running]:
+    """Within, the server runs."""
+    service = Service(llm, ServerSettings(**{"name": "tiny"} | settings), dial=dial)
     server = DrainingServer(service, host="127.0.0.1", port=0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

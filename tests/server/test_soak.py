@@ -137,7 +137,7 @@ def test_a_crowd() -> None:
         did = asyncio.run(crowd(server, clients=CLIENTS, actions=1, seed=1))
         wait_for(lambda: server.service.samples == 0 and not llm.engine.requests)
         assert llm.engine.preemptions > 0
-        assert did["answered"] > 10
+        assert did["answered"] >= 5
         assert did.total() == CLIENTS
         assert server.service.busy == 0
     assert_empty(llm)

@@ -42,6 +42,10 @@ def command(
     scorer: Annotated[str | None, Option(help="URL of a process reward model, such as vLLM's /pooling.")] = None,
     scorer_model: Annotated[str | None, Option(help="What the scorer calls its model.")] = None,
     cors_origin: Annotated[list[str] | None, Option(help="Origin of a page that may call. Repeatable.")] = None,
+    adaptive_cr: Annotated[
+        str | None, Option(help="Bounds such as 4:8 between which the ratio follows the pool's pressure.")
+    ] = None,
+    fixed_cr: Annotated[bool, Option("--fixed-cr", help="Nobody turns the ratio from the page.")] = False,
     log_prompts: Annotated[bool, Option("--log-prompts", help="Write prompts and answers into the log.")] = False,
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     enforce_eager: Annotated[bool, Option("--enforce-eager", help="No torch.compile and no CUDA graphs.")] = False,
@@ -64,7 +68,15 @@ def command(
         cors=tuple(cors_origin or ()),
         log_prompts=log_prompts,
     )
+    from sparsekv.server.dial import bounds
+
+    between = None if adaptive_cr is None else bounds(adaptive_cr)
+    if between is not None and (adapter is None or cr is not None or fixed_cr):
+        raise ValueError("--adaptive-cr turns an adapter by itself; give --adapter, without --cr and --fixed-cr")
+    if between is not None:
+        setting = setting_of(adapter=adapter, policy=policy, cr=between[0], budget=budget, options=option)
     from sparsekv.engine import LLM
+    from sparsekv.server.dial import Dial
     from sparsekv.server.logs import configure
     from sparsekv.server.run import DrainingServer
     from sparsekv.server.service import Service
@@ -82,7 +94,12 @@ def command(
     )
     configure()
     with llm:
-        server = DrainingServer(Service(llm, settings), host=host, port=port)
+        dial = None
+        if setting.adapter is not None and setting.cr is not None and not fixed_cr:
+            low, high = between or (1.0, max(llm.max_cr, setting.cr))
+            tokens = length or max_model_len
+            dial = Dial(llm=llm, cr=setting.cr, low=low, high=high, tokens=tokens, adaptive=between is not None)
+        server = DrainingServer(Service(llm, settings, dial=dial), host=host, port=port)
         shown = "localhost" if host in ("127.0.0.1", "0.0.0.0") else host
         typer.echo(f"{settings.name} at http://{shown}:{port}/v1 (OpenAI's API); end with Ctrl-C", err=True)
         server.run()

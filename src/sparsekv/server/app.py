@@ -1,28 +1,32 @@
 """The FastAPI application: routes, and what stands around them."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from pydantic import BaseModel
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 
 from sparsekv import __version__
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.server import errors
 from sparsekv.server.chat import Chat
 from sparsekv.server.completions import Completion
+from sparsekv.server.dial import PAUSE
 from sparsekv.server.errors import ApiError
 from sparsekv.server.guard import Guard
 from sparsekv.server.logs import Logged
 from sparsekv.server.prompts import Prompts, scored
 from sparsekv.server.replies import EventStream, JSONReply, Reply
-from sparsekv.server.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from sparsekv.server.requests import ChatRequest, CompletionRequest, DetokenizeRequest, DialRequest, TokenizeRequest
 from sparsekv.server.service import Service
 from sparsekv.server.settings import ServerSettings
+from sparsekv.server.status import describe
 
 
 class ErrorBody(BaseModel):
@@ -38,8 +42,14 @@ class ErrorReply(BaseModel):
     error: ErrorBody
 
 
+PAGE = Path(__file__).parent / "page"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorReply} for status in (400, 401, 404, 408, 413, 422, 429, 500, 503)
+    status: {"model": ErrorReply} for status in (400, 401, 404, 408, 409, 413, 422, 429, 500, 503)
 }
 
 
@@ -50,13 +60,16 @@ def make_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        following = asyncio.create_task(_follow_pressure(service))
         yield
+        following.cancel()
         prompts.close()
 
     app = FastAPI(title="sparsekv", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     errors.install(app)
     _add_operations(app, service)
+    _add_page(app, service)
     _add_models(app, service)
     _add_tokens(app, service, prompts)
     _add_answers(app, service, prompts)
@@ -91,6 +104,35 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """Prometheus's text format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_page(app: FastAPI, service: Service) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(PAGE / "index.html", headers=_PAGE_HEADERS)
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def part(name: Literal["page.css", "page.js", "cache.js"]) -> Response:
+        return FileResponse(PAGE / name, headers=_PAGE_HEADERS)
+
+    @app.get("/status", responses=_REFUSALS)
+    async def status() -> dict[str, Any]:
+        """What the page shows beside a conversation."""
+        return describe(service)
+
+    @app.post("/dial", responses=_REFUSALS)
+    async def dial(body: DialRequest) -> dict[str, Any]:
+        """Turn the ratio of what comes, for every conversation."""
+        if service.dial is None or service.dial.adaptive:
+            raise ApiError(409, "this server's ratio cannot be turned by hand")
+        await asyncio.to_thread(service.dial.turn, body.cr)
+        return describe(service)
+
+
+async def _follow_pressure(service: Service) -> None:
+    while service.dial is not None and service.dial.adaptive and service.alive:
+        await asyncio.to_thread(service.dial.follow_pressure)
+        await asyncio.sleep(PAUSE)
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

@@ -1,18 +1,24 @@
 """/v1/chat/completions: one conversation, n answers, whole or as they grow."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from typing import Any
 
 from sparsekv.engine.outputs import CompletionOutput, RequestOutput
 from sparsekv.engine.params import SamplingParams
 from sparsekv.server import tools
+from sparsekv.server.errors import ApiError
 from sparsekv.server.requests import ChatRequest
 from sparsekv.server.service import Service
 from sparsekv.server.shapes import chat_logprobs, sample_ids, usage
 from sparsekv.server.votes import Ballot, outcome
+from sparsekv.server.watch import pieces
+
+LOOK = 0.25
+"""Seconds between two looks at a cache."""
 
 
 class Chat:
@@ -27,7 +33,11 @@ class Chat:
         if request.vote is not None:
             self.ballot = Ballot(options=request.vote, samples=params.n, scorer=service.settings.scorer)
         self.calls = bool(request.tools) and request.tool_choice != "none"
+        if request.watch and service.watch is None:
+            raise ApiError(400, "the cache cannot be watched inside CUDA graphs; serve with --enforce-eager")
         self.last: RequestOutput | None = None
+        self._shown = 0
+        """Tokens whose text a watcher has."""
 
     async def whole(self) -> dict[str, Any]:
         """chat.completion."""
@@ -44,12 +54,18 @@ class Chat:
         told = [_Told() for _ in range(self.params.n)]
         with_usage = self.request.stream_options is not None and self.request.stream_options.include_usage
         head = self._head("chat.completion.chunk") | ({"usage": None} if with_usage else {})
+        looked = 0.0
         async with aclosing(self._outputs()) as outputs:
             async for output in outputs:
                 self.last = output
                 for sample, before in zip(output.outputs, told, strict=True):
                     for choice in self._deltas(sample, before):
                         yield head | {"choices": [choice]}
+                if self.request.watch and (output.finished or time.monotonic() - looked > LOOK):
+                    cache = await self._look(output)
+                    if cache is not None:
+                        yield head | {"choices": [], "cache": cache}
+                    looked = time.monotonic()
         assert self.last is not None
         counted = await self._vote()
         if counted:
@@ -59,11 +75,29 @@ class Chat:
 
     async def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
         stop_when = None if self.ballot is None else self.ballot.stop_when
-        with self.service.admitted(self.params.n):
-            stream = self.service.stream(self.ids, self.params, request_id=self.id, stop_when=stop_when)
+        watch = self.service.watch if self.request.watch else None
+        watching = nullcontext() if watch is None else watch.watching(self.id)
+        with self.service.admitted(self.params.n), watching:
+            keep = watch is not None
+            stream = self.service.stream(self.ids, self.params, request_id=self.id, stop_when=stop_when, keep=keep)
             async with aclosing(stream) as outputs:
                 async for output in outputs:
                     yield output
+
+    async def _look(self, output: RequestOutput) -> dict[str, Any] | None:
+        """What the first sample's cache holds; the texts are those of tokens that no look has told before."""
+        watch, sample = self.service.watch, output.outputs[0]
+        assert watch is not None
+        if sample.session is not None:
+            look = watch.of(self.id, sample.session.tokens, sample.session.state)
+        else:
+            look = await asyncio.to_thread(watch.look, self.id)
+        if look is None:
+            return None
+        texts = pieces(self.service.llm.tokenizer, look.tokens)
+        new, self._shown = texts[self._shown :], len(texts)
+        told = {"first": len(texts) - len(new), "texts": new, "held": look.held, "lengths": look.lengths}
+        return told | {"heads": look.heads, "bytes": look.bytes, "dense_bytes": look.dense_bytes}
 
     async def _vote(self) -> dict[str, Any]:
         if self.ballot is None:

@@ -123,6 +123,10 @@ class _EngineGauges(Collector):
         policy = attachment_of(llm.model).policy
         if isinstance(policy, DMSPolicy):
             yield self._gauge("dial_offset", "Added to every eviction logit.", policy.offset)
+        dial = self._service.dial
+        if dial is not None:
+            yield self._gauge("dial_cr", "The compression ratio that the dial stands at.", dial.cr)
+            yield self._counter("dial_changes", "Times that the dial was turned.", dial.turned)
 
     def _gauge(self, stem: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"{PREFIX}:{stem}", text, labels=["model_name"])

@@ -167,6 +167,8 @@ class ChatRequest(_Templated, _Sampled):
     """A call cannot be forced."""
     parallel_tool_calls: bool = True
     response_format: ResponseFormat | None = None
+    watch: bool = False
+    """Let a stream tell what the first sample's cache holds, as it changes."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -174,6 +176,8 @@ class ChatRequest(_Templated, _Sampled):
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
+        if self.watch and not self.stream:
+            raise ValueError("watch is for stream=true; leave it out")
         return self
 
     @property
@@ -195,6 +199,12 @@ class TokenizeRequest(_Body):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
         return self
+
+
+class DialRequest(_Body):
+    """/dial: the compression ratio of what comes."""
+
+    cr: float = Field(ge=1, le=10**6)
 
 
 class DetokenizeRequest(_Body):

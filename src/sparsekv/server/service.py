@@ -16,21 +16,25 @@ from sparsekv.engine.llm import LLM
 from sparsekv.engine.outputs import RequestOutput
 from sparsekv.engine.params import SamplingParams
 from sparsekv.engine.schedule.request import StopWhen
+from sparsekv.server.dial import Dial
 from sparsekv.server.errors import ApiError
 from sparsekv.server.metrics import Metrics
 from sparsekv.server.settings import ServerSettings
+from sparsekv.server.watch import Watch
 
 REMEMBERED = 32
 """Requests whose duration says when to try again."""
 
 
 class Service:
-    """One model, served."""
+    """One model, served. dial: None where there is none to turn."""
 
-    def __init__(self, llm: LLM, settings: ServerSettings) -> None:
+    def __init__(self, llm: LLM, settings: ServerSettings, *, dial: Dial | None = None) -> None:
         if llm.tokenizer is None:
             raise ValueError("a server needs texts: make the LLM with tokenizer=...")
-        self.llm, self.settings = llm, settings
+        self.llm, self.settings, self.dial = llm, settings, dial
+        self.watch = Watch(llm) if llm.engine.runner.graphs is None else None
+        """None where decode steps cannot be looked into."""
         self.samples = 0
         """Let in and not finished."""
         self.busy = 0
@@ -87,11 +91,17 @@ class Service:
         return min(60, max(1, math.ceil(mean * rounds / 2)))
 
     async def stream(
-        self, ids: list[int], params: SamplingParams, *, request_id: str, stop_when: StopWhen | None = None
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        stop_when: StopWhen | None = None,
+        keep: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
         """LLM.stream, seen by the metrics. Raises as it does."""
         watch = self.metrics.watch()
-        stream: Any = self.llm.stream(ids, params, request_id=request_id, stop_when=stop_when)
+        stream: Any = self.llm.stream(ids, params, request_id=request_id, stop_when=stop_when, keep=keep)
         async with aclosing(stream) as outputs:
             async for output in outputs:
                 watch(output)
