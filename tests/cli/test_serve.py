@@ -76,6 +76,8 @@ def test_what_is_refused(run, model_folder: Path, adapter_folder: Path, tmp_path
         (("--api-keys", keys), "holds no key"),
         (("--api-keys", tmp_path / "none"), "No such file"),
         (("--scorer", "http://localhost/x"), "both --scorer and --scorer-model"),
+        (("--adaptive-cr", "4:8"), "turns an adapter"),
+        (("--adapter", adapter_folder, "--adaptive-cr", "8:4"), "adaptive-cr is '8:4'"),
         (("--max-body", "much"), "'much' is not a size"),
         (("--deadline", 0), "deadline is 0.0"),
         (("--adapter", adapter_folder, "--cr", 99), "compression ratio is 99"),
