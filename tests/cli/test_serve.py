@@ -49,24 +49,6 @@ def _ready(port: int) -> bool:
     return False
 
 
-@pytest.mark.slow
-def test_a_term_signal_under_load(model_folder: Path) -> None:
-    options: dict[str, Any] = {"max_tokens": 200, "temperature": 0, "extra_body": {"ignore_eos": True}}
-    with process(model_folder, "--name", "tiny", "--kv-memory", "16MiB") as (run, client), ThreadPoolExecutor() as pool:
-        asked = [pool.submit(client.completions.create, model="tiny", prompt="The old", **options) for _ in range(3)]
-        while not _running(client):
-            time.sleep(0.01)
-        run.send_signal(signal.SIGTERM)
-        assert [task.result().usage.completion_tokens for task in asked] == [200] * 3  # type: ignore[union-attr]
-        assert run.wait(20) == 0
-
-
-def _running(client: openai.OpenAI) -> bool:
-    url = str(client.base_url).replace("/v1/", "/metrics")
-    text = urllib.request.urlopen(url, timeout=5).read().decode()
-    return 'num_requests_running{model_name="tiny"} 3.0' in text
-
-
 def test_what_is_refused(run, model_folder: Path, adapter_folder: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("# none\n")
@@ -98,11 +80,11 @@ def test_weights_that_may_run_code_are_refused(run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_embedded_model_answers() -> None:
+def test_the_embedded_model_answers_and_a_term_signal_lets_it_finish() -> None:
     adapter = find_adapter("smollm2-135m")
     messages: Any = [{"role": "user", "content": "What is the capital of France?"}]
     arguments = ("smollm2-135m", "--adapter", adapter, "--cr", 4, "--kv-memory", "512MiB")
-    with process(*arguments) as (_, client):
+    with process(*arguments) as (run, client), ThreadPoolExecutor() as pool:
         options: dict[str, Any] = {"model": "smollm2-135m", "messages": messages, "temperature": 0, "max_tokens": 24}
         reply = client.chat.completions.create(**options)
         assert "Paris" in str(reply.choices[0].message.content)
@@ -115,3 +97,17 @@ def test_the_embedded_model_answers() -> None:
         tools: Any = [{"type": "function", "function": {"name": "f"}}]
         with pytest.raises(openai.BadRequestError, match="knows no tools"):
             client.chat.completions.create(**options, tools=tools)
+
+        options = {"model": "smollm2-135m", "messages": messages, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
+        asked = [pool.submit(client.chat.completions.create, **options) for _ in range(3)]
+        while not _running(client, 3):
+            time.sleep(0.01)
+        run.send_signal(signal.SIGTERM)
+        assert [task.result().usage.completion_tokens for task in asked] == [60] * 3
+        assert run.wait(20) == 0
+
+
+def _running(client: openai.OpenAI, samples: int) -> bool:
+    url = str(client.base_url).replace("/v1/", "/metrics")
+    text = urllib.request.urlopen(url, timeout=5).read().decode()
+    return f'num_requests_running{{model_name="smollm2-135m"}} {samples}.0' in text

@@ -11,7 +11,7 @@ from http_serving import Running, serving, tiny_llm
 from serving import assert_empty
 
 EXAMPLES = 20
-ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/models/{name}", "/tokenize", "/detokenize")
+ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/models/{name}", "/tokenize", "/detokenize", "/dial")
 CASES = [(path, mode) for path in ASKED for mode in GenerationMode if (path, mode.value) != (ASKED[2], "negative")]
 """Any text is a name that a model may have."""
 
@@ -48,4 +48,11 @@ def test_no_request_is_answered_by_a_failure(api: schemathesis.BaseSchema, path:
 def test_the_description_names_every_route(api: schemathesis.BaseSchema) -> None:
     paths = {operation.ok().path for operation in api.get_all_operations()}
     assert set(ASKED) <= paths
-    assert paths - set(ASKED) <= {"/v1/models", "/health", "/ready", "/version", "/metrics"}  # these take nothing
+    assert paths - set(ASKED) <= {
+        "/v1/models",
+        "/health",
+        "/ready",
+        "/version",
+        "/metrics",
+        "/status",
+    }  # these take nothing

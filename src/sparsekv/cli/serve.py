@@ -34,6 +34,7 @@ def command(
     max_waiting: Annotated[int, Option(help="Samples that may wait; more are refused with 429.")] = 256,
     max_samples: Annotated[int, Option(help="Samples of one request: prompts times n.")] = 128,
     max_body: Annotated[str, Option(help="Size of a request.")] = "4MiB",
+    prefix_cache: Annotated[str, Option(help="Host memory for chats that may go on; 0 keeps none.")] = "512MiB",
     deadline: Annotated[float, Option(help="Seconds that a request may take.")] = 600.0,
     drain: Annotated[float, Option(help="Seconds for running requests after SIGTERM.")] = 60.0,
     thinking_end: Annotated[
@@ -60,6 +61,7 @@ def command(
         scorer=scorer,
         scorer_model=scorer_model,
         max_body=max_body,
+        prefix_cache=prefix_cache,
         max_waiting=max_waiting,
         max_samples=max_samples,
         deadline=deadline,
@@ -106,7 +108,13 @@ def command(
 
 
 def _settings(
-    *, api_keys: Path | None, scorer: str | None, scorer_model: str | None, max_body: str, **others: Any
+    *,
+    api_keys: Path | None,
+    scorer: str | None,
+    scorer_model: str | None,
+    max_body: str,
+    prefix_cache: str,
+    **others: Any,
 ) -> "ServerSettings":
     """Raises ValueError for settings that cannot be had, and where the extra `server` is not installed."""
     from sparsekv.cache.pages import parse_bytes
@@ -125,6 +133,7 @@ def _settings(
         api_keys=() if api_keys is None else read_keys(api_keys),
         scorer=None if scorer is None or scorer_model is None else Scorer(url=scorer, model=scorer_model),
         max_body=parse_bytes(max_body),
+        prefix_cache=0 if prefix_cache == "0" else parse_bytes(prefix_cache),
         **others,
     )
 

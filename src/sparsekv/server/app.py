@@ -181,10 +181,12 @@ def _add_answers(app: FastAPI, service: Service, prompts: Prompts) -> None:
     async def chat(body: ChatRequest, request: Request) -> Response:
         """A conversation's next turn."""
         _check_model(service, body.model)
-        ids = await prompts.chat(body.messages, tools=_tools(body), template=body.chat_template_kwargs)
+        options: dict[str, Any] = {"tools": _tools(body), "template": body.chat_template_kwargs}
+        ids = await prompts.chat(body.messages, **options)
+        system = await prompts.system(body.messages, **options) if service.prefixes.usable else []
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         params = prompts.params(body, prompt=len(ids), limit=body.limit, logprobs=logprobs)
-        return _reply(service, request, body, Chat(service, body, ids, params))
+        return _reply(service, request, body, Chat(service, body, ids, params, system=system))
 
     @app.post("/v1/completions", responses=_REFUSALS)
     async def completions(body: CompletionRequest, request: Request) -> Response:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, nullcontext
 from typing import Any
 
-from sparsekv.engine.outputs import CompletionOutput, RequestOutput
+from sparsekv.engine.outputs import CompletionOutput, RequestOutput, Session
 from sparsekv.engine.params import SamplingParams
 from sparsekv.server import tools
 from sparsekv.server.errors import ApiError
@@ -22,11 +22,21 @@ LOOK = 0.25
 
 
 class Chat:
-    """One request under way."""
+    """One request under way. system: the tokens of its system message, empty without one."""
 
-    def __init__(self, service: Service, request: ChatRequest, ids: list[int], params: SamplingParams) -> None:
+    def __init__(
+        self,
+        service: Service,
+        request: ChatRequest,
+        ids: list[int],
+        params: SamplingParams,
+        *,
+        system: list[int],
+    ) -> None:
         self.service, self.request = service, request
-        self.ids, self.params = ids, params
+        self.ids, self.params, self.system = ids, params, system
+        self.cached = 0
+        """Tokens of the prompt that were stored."""
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.ballot = None
@@ -46,7 +56,7 @@ class Chat:
                 self.last = output
         assert self.last is not None
         choices = [self._choice(sample) for sample in self.last.outputs]
-        reply = self._head("chat.completion") | {"choices": choices, "usage": usage([self.last])}
+        reply = self._head("chat.completion") | {"choices": choices, "usage": usage([self.last], cached=self.cached)}
         return reply | await self._vote()
 
     async def pieces(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -71,18 +81,31 @@ class Chat:
         if counted:
             yield head | {"choices": []} | counted
         if with_usage:
-            yield head | {"choices": [], "usage": usage([self.last])}
+            yield head | {"choices": [], "usage": usage([self.last], cached=self.cached)}
 
     async def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
         stop_when = None if self.ballot is None else self.ballot.stop_when
         watch = self.service.watch if self.request.watch else None
         watching = nullcontext() if watch is None else watch.watching(self.id)
-        with self.service.admitted(self.params.n), watching:
-            keep = watch is not None
-            stream = self.service.stream(self.ids, self.params, request_id=self.id, stop_when=stop_when, keep=keep)
-            async with aclosing(stream) as outputs:
+        service, epoch = self.service, self.service.epoch
+        with service.admitted(self.params.n), watching:
+            session = await self._stored(epoch) if watch is None else None  # a watcher wants to see each key stored
+            keep = watch is not None or (service.prefixes.usable and self.params.n == 1)
+            options: dict[str, Any] = {"stop_when": stop_when, "keep": keep, "session": session}
+            async with aclosing(service.stream(self.ids, self.params, request_id=self.id, **options)) as outputs:
                 async for output in outputs:
+                    if output.session is not None and service.epoch == epoch:
+                        service.prefixes.keep(output.session, epoch=epoch)
                     yield output
+
+    async def _stored(self, epoch: int) -> Session | None:
+        """What is stored of the prompt's beginning, the system message read and stored first if it is new."""
+        prefixes, common = self.service.prefixes, self.system
+        if common and self.ids[: len(common)] == common and len(common) < len(self.ids):
+            await prefixes.prepare(common, epoch=epoch, request_id=self.id)
+        session = prefixes.find(self.ids, epoch=epoch)
+        self.cached = 0 if session is None else len(session.tokens)
+        return session
 
     async def _look(self, output: RequestOutput) -> dict[str, Any] | None:
         """What the first sample's cache holds; the texts are those of tokens that no look has told before."""

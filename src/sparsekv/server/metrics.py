@@ -120,6 +120,10 @@ class _EngineGauges(Collector):
         yield self._gauge("kv_pages_free", "Pages that nobody owns.", free)
         yield self._gauge("swapped_sequences", "Samples in host memory.", len(swapped))
         yield self._gauge("engine_alive", "1 while the engine can run requests.", int(llm.alive))
+        prefixes = self._service.prefixes
+        yield self._counter("prefix_cache_queries", "Prompt tokens that were looked up.", prefixes.asked)
+        yield self._counter("prefix_cache_hits", "Those that were stored.", prefixes.found)
+        yield self._gauge("prefix_cache_bytes", "Host memory of stored chats.", prefixes.bytes)
         policy = attachment_of(llm.model).policy
         if isinstance(policy, DMSPolicy):
             yield self._gauge("dial_offset", "Added to every eviction logit.", policy.offset)

@@ -82,6 +82,17 @@ class Prompts:
 
         return self._fitting(await self.run(work))
 
+    async def system(self, messages: list[Message], **options: Any) -> list[int]:
+        """The first message alone, where it is a system message that others follow; else nothing. options: as in
+        chat."""
+        if len(messages) < 2 or messages[0].role != "system":
+            return []
+        template = (options.pop("template") or {}) | {"add_generation_prompt": False}
+        try:
+            return await self.chat(messages[:1], template=template, **options)
+        except ApiError:  # a template that wants a user
+            return []
+
     async def decode(self, ids: list[int]) -> str:
         """The text of token ids. Raises ApiError for ids outside the vocabulary."""
         known = self._known(ids)

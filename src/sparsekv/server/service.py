@@ -13,12 +13,13 @@ from contextlib import aclosing, contextmanager
 from typing import Any
 
 from sparsekv.engine.llm import LLM
-from sparsekv.engine.outputs import RequestOutput
+from sparsekv.engine.outputs import RequestOutput, Session
 from sparsekv.engine.params import SamplingParams
 from sparsekv.engine.schedule.request import StopWhen
 from sparsekv.server.dial import Dial
 from sparsekv.server.errors import ApiError
 from sparsekv.server.metrics import Metrics
+from sparsekv.server.prefixes import Prefixes
 from sparsekv.server.settings import ServerSettings
 from sparsekv.server.watch import Watch
 
@@ -35,6 +36,7 @@ class Service:
         self.llm, self.settings, self.dial = llm, settings, dial
         self.watch = Watch(llm) if llm.engine.runner.graphs is None else None
         """None where decode steps cannot be looked into."""
+        self.prefixes = Prefixes(llm, limit=settings.prefix_cache)
         self.samples = 0
         """Let in and not finished."""
         self.busy = 0
@@ -47,6 +49,11 @@ class Service:
     @property
     def rows(self) -> int:
         return self.llm.engine.runner.ragged.rows
+
+    @property
+    def epoch(self) -> int:
+        """Turns of the dial so far."""
+        return 0 if self.dial is None else self.dial.turned
 
     @property
     def alive(self) -> bool:
@@ -98,10 +105,12 @@ class Service:
         request_id: str,
         stop_when: StopWhen | None = None,
         keep: bool = False,
+        session: Session | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """LLM.stream, seen by the metrics. Raises as it does."""
-        watch = self.metrics.watch()
-        stream: Any = self.llm.stream(ids, params, request_id=request_id, stop_when=stop_when, keep=keep)
+        """LLM.stream, seen by the metrics. ids: the whole prompt, that of a session first. Raises as it does."""
+        watch, given = self.metrics.watch(), ids if session is None else ids[len(session.tokens) :]
+        options: dict[str, Any] = {"request_id": request_id, "stop_when": stop_when, "keep": keep, "session": session}
+        stream: Any = self.llm.stream(given, params, **options)
         async with aclosing(stream) as outputs:
             async for output in outputs:
                 watch(output)

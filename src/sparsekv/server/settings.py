@@ -27,6 +27,8 @@ class ServerSettings:
     """Seconds that running requests have left after SIGTERM."""
     body_timeout: float = 30.0
     """Seconds that a client may take to send a request."""
+    prefix_cache: int = 512 * 2**20
+    """Bytes of host memory for chats that may go on; 0 = none are kept."""
     log_prompts: bool = False
     """Write prompts and answers into the log."""
     cors: tuple[str, ...] = ()
@@ -39,7 +41,8 @@ class ServerSettings:
     def __post_init__(self) -> None:
         for name in ("max_body", "max_samples"):
             check_int(name, getattr(self, name), at_least=1)
-        check_int("max_waiting", self.max_waiting, at_least=0)
+        for name in ("max_waiting", "prefix_cache"):
+            check_int(name, getattr(self, name), at_least=0)
         for name in ("deadline", "body_timeout"):
             check_number(name, getattr(self, name), low=0.001)
         check_number("drain", self.drain, low=0.0)

@@ -7,8 +7,9 @@ from sparsekv.engine.kv import RequestKV
 from sparsekv.engine.outputs import CompletionOutput, Logprob, RequestOutput
 
 
-def usage(outputs: Iterable[RequestOutput]) -> dict[str, Any]:
-    """Tokens, and under `kv` what the samples held and read: tokens of a head, averaged over layers and heads."""
+def usage(outputs: Iterable[RequestOutput], *, cached: int = 0) -> dict[str, Any]:
+    """Tokens, and under `kv` what the samples held and read: tokens of a head, averaged over layers and heads. cached:
+    prompt tokens that were stored."""
     outputs = list(outputs)
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     made = sum(sample.span[1] - sample.span[0] for output in outputs for sample in output.outputs)
@@ -17,6 +18,7 @@ def usage(outputs: Iterable[RequestOutput]) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": made,
         "total_tokens": prompt + made,
+        "prompt_tokens_details": {"cached_tokens": cached},
         "kv": kv.to_dict(),
     }
 
