@@ -29,6 +29,21 @@ def test_a_slow_reader_gets_the_newest_state() -> None:
     assert_empty(llm)
 
 
+def test_a_pace_is_kept_but_for_the_last_state() -> None:
+    llm = engine(attached("dms"))
+    prompt, lengths = prompts(9)[0], list[int]()
+
+    async def read() -> None:
+        async for output in llm.stream(prompt, greedy(40, ignore_eos=True), pace=lambda: 60.0):
+            lengths.append(len(output.outputs[0].token_ids))
+
+    begun = time.monotonic()
+    asyncio.run(read())
+    assert time.monotonic() - begun < 30
+    assert len(lengths) == 2
+    assert lengths[-1] == 40
+
+
 def test_between_steps() -> None:
     llm = engine(attached("dms"))
     assert llm.between_steps(lambda: threading.current_thread().name) == "sparsekv-engine"

@@ -168,15 +168,18 @@ class LLM:
         session: Session | None = None,
         keep: bool = False,
         stop_when: StopWhen | None = None,
+        pace: Callable[[], float] = lambda: 0.0,
     ) -> AsyncIterator[RequestOutput]:
         """Yield the request's state whenever it grows, the finished one last; a slow reader gets the newest alone. Text
         never shrinks and holds no half characters. Leaving the iteration cancels the request. Many streams run
-        together. stop_when: as in generate.
+        together. stop_when: as in generate. pace: asked after each state for the seconds in which no other but the last
+        is wanted; states that nobody takes cost nothing.
 
         Raises ValueError as generate does.
         """
         spec = self._spec(prompt, sampling_params or SamplingParams(), keep=keep, session=session)
-        async for output in self._streams.stream(spec | {"request_id": request_id, "stop_when": stop_when}):
+        spec |= {"request_id": request_id, "stop_when": stop_when}
+        async for output in self._streams.stream(spec, pace=pace):
             yield output
 
     def abort(self, request_id: str) -> None:

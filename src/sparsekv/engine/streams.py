@@ -78,17 +78,24 @@ class Streams:
             if not ticket.finished:
                 self.withdraw(ticket)
 
-    async def stream(self, spec: Spec) -> AsyncIterator[RequestOutput]:
-        """The outputs of one request as they come; cancels it when the iteration is left."""
+    async def stream(self, spec: Spec, *, pace: Callable[[], float]) -> AsyncIterator[RequestOutput]:
+        """The outputs of one request as they come; cancels it when the iteration is left. pace: seconds from one to the
+        next at least, but for the last. None is made before the one before it was taken."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[RequestOutput | BaseException](maxsize=1)
-        ticket = Ticket()
+        ticket, over, taken = Ticket(), asyncio.Event(), threading.Event()
+        taken.set()
 
         def offer(output: RequestOutput | BaseException) -> None:
-            if queue.full():  # a slow reader gets the newest state: it holds all that the older said
+            if queue.full():  # the last one holds all that the older said
                 queue.get_nowait()
             queue.put_nowait(output)
+            if isinstance(output, BaseException) or output.finished:
+                over.set()
 
         def put(event: Request | BaseException) -> None:
+            if isinstance(event, Request) and not event.finished and not taken.is_set():
+                return
+            taken.clear()
             output = event.output() if isinstance(event, Request) else event
             loop.call_soon_threadsafe(offer, output)
 
@@ -101,6 +108,10 @@ class Streams:
                 yield output
                 if output.finished:
                     return
+                if not over.is_set() and (seconds := pace()) > 0:
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(over.wait(), seconds)
+                taken.set()
         finally:
             if not ticket.finished:
                 await asyncio.shield(asyncio.to_thread(self.withdraw, ticket))

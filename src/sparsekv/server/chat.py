@@ -92,6 +92,7 @@ class Chat:
             session = await self._stored(epoch) if watch is None else None  # a watcher wants to see each key stored
             keep = watch is not None or (service.prefixes.usable and self.params.n == 1)
             options: dict[str, Any] = {"stop_when": stop_when, "keep": keep, "session": session}
+            options["whole"] = not self.request.stream
             async with aclosing(service.stream(self.ids, self.params, request_id=self.id, **options)) as outputs:
                 async for output in outputs:
                     if output.session is not None and service.epoch == epoch:

@@ -70,7 +70,8 @@ class Completion:
     async def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         stop_when = None if self.ballot is None else self.ballot.stop_when
         with self.service.admitted(self.samples):
-            stream = self.service.streams(self.prompts, self.params, request_id=self.id, stop_when=stop_when)
+            options: dict[str, Any] = {"stop_when": stop_when, "whole": not self.request.stream}
+            stream = self.service.streams(self.prompts, self.params, request_id=self.id, **options)
             async with aclosing(stream) as outputs:
                 async for index, output in outputs:
                     yield index, output

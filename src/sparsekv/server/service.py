@@ -23,6 +23,11 @@ from sparsekv.server.prefixes import Prefixes
 from sparsekv.server.settings import ServerSettings
 from sparsekv.server.watch import Watch
 
+PACE, MOST_PACE = 0.0005, 0.05
+"""Seconds between two states of a stream, for each sample in the server, and at most: many streams compete with the
+engine for Python, and nobody reads so fast."""
+WHOLE_PACE = 1.0
+"""The same of an answer that is sent whole."""
 REMEMBERED = 32
 """Requests whose duration says when to try again."""
 
@@ -106,10 +111,13 @@ class Service:
         stop_when: StopWhen | None = None,
         keep: bool = False,
         session: Session | None = None,
+        whole: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """LLM.stream, seen by the metrics. ids: the whole prompt, that of a session first. Raises as it does."""
+        """LLM.stream, seen by the metrics. ids: the whole prompt, that of a session first; whole: only the last state
+        counts. Raises as it does."""
         watch, given = self.metrics.watch(), ids if session is None else ids[len(session.tokens) :]
         options: dict[str, Any] = {"request_id": request_id, "stop_when": stop_when, "keep": keep, "session": session}
+        options["pace"] = lambda: WHOLE_PACE if whole else min(MOST_PACE, PACE * self.samples)
         stream: Any = self.llm.stream(given, params, **options)
         async with aclosing(stream) as outputs:
             async for output in outputs:
@@ -125,6 +133,7 @@ class Service:
         *,
         request_id: str,
         stop_when: StopWhen | None = None,
+        whole: bool = False,
     ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Several prompts at once: (which prompt, its newest state), the finished one of each last."""
         newest: dict[int, RequestOutput] = {}
@@ -132,7 +141,8 @@ class Service:
 
         async def follow(index: int) -> None:
             name = request_id if len(prompts) == 1 else f"{request_id}-{index}"
-            stream = self.stream(prompts[index], params[index], request_id=name, stop_when=stop_when)
+            options: dict[str, Any] = {"request_id": name, "stop_when": stop_when, "whole": whole}
+            stream = self.stream(prompts[index], params[index], **options)
             async with aclosing(stream) as outputs:
                 async for output in outputs:
                     newest[index] = output
