@@ -185,6 +185,8 @@ def test_a_key_is_asked_for(browser: webdriver.Chrome, server: Running) -> None:
         browser.find_element(By.ID, "key").send_keys("right", Keys.ENTER)
         wait_for(lambda: "tiny" in text(browser, "model"))
         assert not browser.find_element(By.ID, "key-form").is_displayed()
+        browser.get("about:blank")  # else it would ask a server that is gone
+    browser.get_log("browser")
 
 
 def test_all_parts_come_from_the_server(page: webdriver.Chrome, server: Running) -> None:
