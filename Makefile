@@ -2,13 +2,13 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 PYTHON ?= python3
 
-.PHONY: install demo test test-oldest test-vllm lint docs bench-cpu
+.PHONY: install demo test test-page test-vllm test-oldest lint docs bench-cpu
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev,docs,eval,interpreter,train]'
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev,docs,eval,interpreter,server,train]'
 	touch $@
 
 demo: install
@@ -17,12 +17,17 @@ demo: install
 test: install
 	$(VENV)/bin/pytest -n 2
 
+# The server's page in headless Chromium; installs Debian's packages where they are missing.
+test-page: install
+	command -v chromium chromedriver > /dev/null || (apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver)
+	$(VENV)/bin/pytest -m page tests/page
+
 # The oldest versions that pyproject.toml allows. The interpreter of Triton 3.6 needs an older NumPy.
 OLDEST := .venv-oldest
 
 test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install 'torch==2.11.*' 'transformers==5.17.*' 'triton==3.6.*' 'numpy<2.4' -e '.[dev,eval,train]'
+	$(OLDEST)/bin/python -m pip install 'torch==2.11.*' 'transformers==5.17.*' 'triton==3.6.*' 'numpy<2.4' -e '.[dev,eval,server,train]'
 	$(OLDEST)/bin/pytest -n 2
 
 # The plugin inside vLLM, on the CPU, in an environment of its own: vLLM pins its own versions. VLLM=0.32 is the newest.

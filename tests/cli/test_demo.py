@@ -188,6 +188,7 @@ def test_an_adapter_is_found_here_first(tmp_path, monkeypatch):
 def test_what_the_demo_claims_on_the_embedded_model(run, tmp_path):
     outcome = run("demo", "--out", tmp_path / "demo", "--json")
     assert outcome.code == 0
+    assert outcome.err.strip().splitlines()[-1].startswith("serve it: sparsekv serve smollm2-135m --adapter ")
     results = json.loads(outcome.out)
     assert results == json.loads((tmp_path / "demo" / "results.json").read_text())
     for name in ("cache.png", "inspect.html", "config.yaml"):

@@ -65,6 +65,7 @@ def command(
     else:
         Console().print(table(results))
     notes.print(f"wrote results.json, cache.png and inspect.html to {out}", highlight=False)
+    notes.print(f"serve it: sparsekv serve {MODEL} --adapter {adapter} --cr 4", highlight=False, soft_wrap=True)
     if readme is not None:
         picture = readme.parent / README_PICTURE
         picture.parent.mkdir(parents=True, exist_ok=True)

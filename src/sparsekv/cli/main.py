@@ -20,6 +20,7 @@ from sparsekv.cli.config import with_config
 _COMMANDS = {
     "demo": ("sparsekv.cli.demo", "The embedded model: what compression costs and saves, in two minutes on a CPU."),
     "generate": ("sparsekv.cli.generate", "Text from a prompt, with a cache that forgets."),
+    "serve": ("sparsekv.cli.serve", "An OpenAI-compatible server, and a page that shows what is forgotten."),
     "retrofit": ("sparsekv.cli.retrofit", "Teach a model's attention heads which tokens they can forget."),
     "calibrate": ("sparsekv.cli.calibrate", "Measure an adapter's table of ratios."),
     "eval": ("sparsekv.cli.eval", "Score a model on tasks, with a cache that forgets."),

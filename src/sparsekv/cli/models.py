@@ -27,10 +27,13 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
-def open_model(name: str, *, dtype: str = "auto") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def open_model(
+    name: str, *, dtype: str = "auto", only_safetensors: bool = False
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """A causal language model in eval mode, on the GPU if there is one, and its tokenizer.
 
     dtype: a torch name such as "bfloat16"; "auto" is float32 on the CPU and the model's own type on a GPU.
+    only_safetensors: refuse weights in a format that can run code.
 
     Raises ValueError where there is no such model.
     """
@@ -41,7 +44,7 @@ def open_model(name: str, *, dtype: str = "auto") -> tuple["PreTrainedModel", "P
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
-    return load_model(name, dtype=None if dtype == "auto" else dtype)
+    return load_model(name, dtype=None if dtype == "auto" else dtype, only_safetensors=only_safetensors)
 
 
 def setting_of(

@@ -53,6 +53,8 @@ class Engine:
         """Steps that may be in flight when `step` returns."""
         self.requests: dict[str, Request] = {}
         self.arrivals = 0
+        self.preemptions = 0
+        """Times that a running sequence was swapped out for want of pages."""
         self._in_flight: deque[tuple[RunStep, Pending]] = deque()
         self._ended: list[Sequence] = []
         self._forks: list[tuple[Sequence, list[Sequence]]] = []
@@ -286,6 +288,7 @@ class Engine:
             scheduler.ledger.refresh(*self.runner.account())
 
     def _swap_out(self, sequence: Sequence) -> None:
+        self.preemptions += 1
         sequence.swapped = self.runner.swap_out(sequence.row_())
         row = self.scheduler.remove(sequence)
         assert row is not None

@@ -5,9 +5,9 @@ outputs = llm.generate(prompts, SamplingParams(n=8, temperature=0.6, max_tokens=
 """
 
 import gc
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import fields
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -28,6 +28,7 @@ from sparsekv.policies.registry import describe
 
 Prompt = str | list[int] | dict[str, Any]
 """Text, token ids, or either as vLLM names them: {"prompt": ...}, {"prompt_token_ids": ...}."""
+T = TypeVar("T")
 _ENGINE_OPTIONS = {f.name for f in fields(EngineConfig)}
 
 
@@ -167,19 +168,33 @@ class LLM:
         session: Session | None = None,
         keep: bool = False,
         stop_when: StopWhen | None = None,
+        pace: Callable[[], float] = lambda: 0.0,
     ) -> AsyncIterator[RequestOutput]:
-        """Yield the request's state whenever it grows, the finished one last. Text never shrinks and holds no half
-        characters. Leaving the iteration cancels the request. Many streams run together. stop_when: as in generate.
+        """Yield the request's state whenever it grows, the finished one last; a slow reader gets the newest alone. Text
+        never shrinks and holds no half characters. Leaving the iteration cancels the request. Many streams run
+        together. stop_when: as in generate. pace: asked after each state for the seconds in which no other but the last
+        is wanted; states that nobody takes cost nothing.
 
         Raises ValueError as generate does.
         """
         spec = self._spec(prompt, sampling_params or SamplingParams(), keep=keep, session=session)
-        async for output in self._streams.stream(spec | {"request_id": request_id, "stop_when": stop_when}):
+        spec |= {"request_id": request_id, "stop_when": stop_when}
+        async for output in self._streams.stream(spec, pace=pace):
             yield output
 
     def abort(self, request_id: str) -> None:
         """Cancel a request; its pages are free when this returns. Its stream ends with an output of reason "abort"."""
         self._streams.abort(request_id)
+
+    @property
+    def alive(self) -> bool:
+        """False once closed, or after a failure that the engine could not recover from."""
+        return self._streams.alive
+
+    def between_steps(self, work: Callable[[], T]) -> T:
+        """Have the engine's thread do something while no step runs, such as turning the dial, and return what it gives.
+        Raises what it raises, and ValueError after `close`."""
+        return self._streams.between_steps(work)
 
     def chat_prompt(
         self,

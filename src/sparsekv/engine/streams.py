@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from sparsekv.engine.schedule.request import Request
 Sink = Callable[[Request | BaseException], None]
 """Hears of each change of a request, or why there will be none. Runs in the engine's thread, so it must not wait."""
 Job = Callable[[], None]
+T = TypeVar("T")
 Spec = dict[str, Any]
 """The arguments of Engine.add."""
 
@@ -77,14 +78,26 @@ class Streams:
             if not ticket.finished:
                 self.withdraw(ticket)
 
-    async def stream(self, spec: Spec) -> AsyncIterator[RequestOutput]:
-        """The outputs of one request as they come; cancels it when the iteration is left."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[RequestOutput | BaseException]()
-        ticket = Ticket()
+    async def stream(self, spec: Spec, *, pace: Callable[[], float]) -> AsyncIterator[RequestOutput]:
+        """The outputs of one request as they come; cancels it when the iteration is left. pace: seconds from one to the
+        next at least, but for the last. None is made before the one before it was taken."""
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[RequestOutput | BaseException](maxsize=1)
+        ticket, over, taken = Ticket(), asyncio.Event(), threading.Event()
+        taken.set()
+
+        def offer(output: RequestOutput | BaseException) -> None:
+            if queue.full():  # the last one holds all that the older said
+                queue.get_nowait()
+            queue.put_nowait(output)
+            if isinstance(output, BaseException) or output.finished:
+                over.set()
 
         def put(event: Request | BaseException) -> None:
+            if isinstance(event, Request) and not event.finished and not taken.is_set():
+                return
+            taken.clear()
             output = event.output() if isinstance(event, Request) else event
-            loop.call_soon_threadsafe(queue.put_nowait, output)
+            loop.call_soon_threadsafe(offer, output)
 
         try:
             self._post(lambda: self._admit([spec], ticket, put))
@@ -95,6 +108,10 @@ class Streams:
                 yield output
                 if output.finished:
                     return
+                if not over.is_set() and (seconds := pace()) > 0:
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(over.wait(), seconds)
+                taken.set()
         finally:
             if not ticket.finished:
                 await asyncio.shield(asyncio.to_thread(self.withdraw, ticket))
@@ -106,6 +123,28 @@ class Streams:
     def abort(self, request_id: str) -> None:
         """Engine.abort. Whoever listens gets the output as it is, finished."""
         self._do(lambda: self._engine.abort(request_id))
+
+    def between_steps(self, work: Callable[[], T]) -> T:
+        """What `work` returns, done by the thread while no step runs. Raises what it raises, and ValueError where the
+        thread has ended."""
+        done: list[T | BaseException] = []
+
+        def keep() -> None:
+            try:
+                done.append(work())
+            except BaseException as error:  # noqa: BLE001 - it is the caller's, the engine is as it was
+                done.append(error)
+
+        self._do(keep)
+        found = done[0] if done else ValueError(self._over)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be run: the thread is there, and no failure was too deep to recover from."""
+        return self._over is None and self._thread.is_alive()
 
     def close(self) -> None:
         """End the thread. Requests that are left fail."""
@@ -133,6 +172,15 @@ class Streams:
             done.get()
 
     # What the thread does
+
+    def died(self, error: BaseException) -> None:
+        """The thread ends by an error that nothing foresaw: whoever waits, and whoever comes later, must hear of it."""
+        self._over = f"this LLM's thread died ({type(error).__name__}); make a new LLM"
+        self._recover(ValueError(self._over))
+        while not self._jobs.empty():
+            job = self._jobs.get()
+            if job is not None:
+                job()
 
     def _work(self, job: Job | None) -> bool:
         """A job, then steps until nothing is left to do, and the jobs that come meanwhile. False: this is the end."""
@@ -222,6 +270,10 @@ def _serve(streams: "weakref.ref[Streams]", jobs: "SimpleQueue[Job | None]", dev
         if alive is None:
             gc.collect()  # the pool, now rather than some time: a cache and its layers know each other
             return
-        if not alive._work(job):
-            return
+        try:
+            if not alive._work(job):
+                return
+        except BaseException as error:
+            alive.died(error)
+            raise
         del job, alive

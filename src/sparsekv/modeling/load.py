@@ -14,10 +14,16 @@ from sparsekv.assets.fetched import cache_folder
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype | str | None = None, device: str | None = None, tensor_parallel: int = 1
+    name: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | None = None,
+    tensor_parallel: int = 1,
+    only_safetensors: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """In evaluation mode. device: None = the GPU if there is one. dtype: None = float32 on the CPU, elsewhere the
     model's own. tensor_parallel: so many processes, all there are, call this together and share the model.
+    only_safetensors: refuse weights in a format that can run code (pickles).
 
     Raises ValueError where there is no such model, or no such device.
     """
@@ -29,7 +35,9 @@ def load_model(
     shared = {} if tensor_parallel == 1 else {"distributed_config": DistributedConfig(tp_size=tensor_parallel)}
     folder = _resolved(name)
     with _named(name, folder):
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **shared)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=only_safetensors or None, **shared
+        )
     return (model if shared else model.to(device)).eval(), load_tokenizer(name)
 
 
