@@ -7,8 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import Run, attend, check_pages
+import sparsekv
+from helpers import Run, attend, check_pages, tiny_model
+from sparsekv import SparseCache
+from sparsekv.attend import page_bytes
+from sparsekv.dms import EvictionHead
+from sparsekv.modeling.attach import attachment_of
+from sparsekv.ops.layout import Batch, LinearMarks
 from sparsekv.policies import Policy, make_policy, policy_names
+from sparsekv.policies.base import Step
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.policies.streaming import SlidingWindowPolicy, StreamingPolicy
 
@@ -133,3 +140,39 @@ def test_known_names_build_and_unknown_ones_are_refused():
 def test_bad_options_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_the_offset_is_added_in_chunks_and_in_steps():
+    """Logits of -1 and 2: an offset of 1.5 marks both, one of -2.5 neither, as the decode step's own numbers say."""
+    head = EvictionHead(1, 1)
+    with torch.no_grad():
+        head.weight.fill_(1)
+        head.bias.zero_()
+    policy = DMSPolicy([head], window=2)
+    hidden = torch.tensor([[-1.0], [2.0]])
+    batch = Batch(rows=torch.arange(2), starts=torch.arange(3, dtype=torch.int32), longest=1)
+    nothing = torch.zeros(2, 1, 2)
+    tensors = {"query": nothing, "key": nothing, "value": nothing, "seen": torch.zeros(2, dtype=torch.int32)}
+    step = Step(layer=0, batch=batch, hidden=hidden, scale=1.0, most=1, **tensors)
+    for offset, marks in ((1.5, [True, True]), (0.0, [False, True]), (-2.5, [False, False])):
+        policy.offset = offset
+        later = policy.decode_marks(step)
+        assert isinstance(later, LinearMarks)
+        assert policy.marks(step)[:, 0].tolist() == later.marks()[:, 0].tolist() == marks
+
+
+@pytest.mark.parametrize("name", ["tova", "h2o", "random"])
+def test_a_head_at_its_budget_needs_no_page(name):
+    """A pool without a spare page goes on."""
+    model = tiny_model(dtype=torch.float64)
+    sparsekv.attach(model, policy=name, budget=16)
+    attachment = attachment_of(model)
+    policies = [attached.policy for attached in attachment.layers]
+    each = page_bytes(policies, attachment.head_shape(torch.float64), page_size=8)
+    cache = SparseCache(model, page_size=8, kv_memory=2 * len(policies) * attachment.kv_heads * each)
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+        for token in range(5):
+            model(input_ids=torch.tensor([[20 + token]]), past_key_values=cache)
+    assert cache.stats().tokens_held == 16
