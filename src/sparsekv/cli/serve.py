@@ -1,11 +1,13 @@
-"""`sparsekv serve`: an OpenAI-compatible server on our engine, for any method."""
+"""`sparsekv serve`: an OpenAI-compatible server on our engine, for any method; or vLLM's, with our plugin."""
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
+from sparsekv.cli import serve_vllm
 from sparsekv.cli.models import open_model, setting_of
 
 if TYPE_CHECKING:
@@ -15,8 +17,18 @@ if TYPE_CHECKING:
     from sparsekv.server.settings import ServerSettings
 
 
+class Engine(Enum):
+    """Whose."""
+
+    sparsekv = "sparsekv"
+    vllm = "vllm"
+
+
 def command(
+    ctx: typer.Context,
     model: Annotated[str, Argument(help="smollm2-135m, a folder, or a hub id.")],
+    behind: Annotated[list[str] | None, Argument(help="With --engine vllm: vLLM's own options, behind --.")] = None,
+    engine: Annotated[Engine, Option(help="Ours, or vLLM with the plugin.")] = Engine.sparsekv,
     adapter: Annotated[str | None, Option(help="Trained eviction heads: a folder or a hub id.")] = None,
     policy: Annotated[str | None, Option(help="The method; see `sparsekv policies`. Default: dense, or dms.")] = None,
     cr: Annotated[float | None, Option(help="Compression ratio: of the adapter, or budget = --length / cr.")] = None,
@@ -55,6 +67,12 @@ def command(
     setting = setting_of(adapter=adapter, policy=policy, cr=cr, budget=budget, options=option)
     if not 0 <= port <= 65535:
         raise ValueError(f"port is {port}; use a number from 1 to 65535, or 0 for any that is free")
+    if engine is Engine.vllm:
+        serve_vllm.check_given(ctx)
+        words = {"length": length, "host": host, "port": port, "name": name or model, "behind": behind or []}
+        serve_vllm.run(serve_vllm.server_command(model, setting, **words))
+    if behind:
+        raise ValueError(f"what to do with {' '.join(behind)}? Options of vLLM go with --engine vllm")
     settings = _settings(
         name=name or model,
         api_keys=api_keys,
