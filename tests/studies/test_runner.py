@@ -8,23 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from making import dies, fails, made
 from sparsekv.studies.runner import failures_of, read_lines, run_cells
 from sparsekv.studies.workers import Line
-
-
-def made(value: int) -> list[Line]:
-    return [{"value": value, "process": os.getpid()}]
-
-
-def fails(flag: Path) -> list[Line]:
-    """Until the flag is there."""
-    if not flag.exists():
-        raise RuntimeError("out of memory")
-    return made(1)
-
-
-def dies() -> list[Line]:
-    os._exit(3)
 
 
 def names(lines: Sequence[Line]) -> list[str]:
