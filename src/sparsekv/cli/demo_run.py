@@ -64,7 +64,8 @@ def run_task(
         logits = _read(model, cache, task.ask, growth)
         reads = cache.stats().kv_reads
         new, seconds = _decode(model, cache, logits, generate, growth)
-    text, stats = str(tokenizer.decode(new)), cache.stats()
+    text, said = str(tokenizer.decode(new)), str(tokenizer.decode(new, skip_special_tokens=True))
+    stats = cache.stats()
     return Run(
         policy=policy.name,
         ratio_asked=ratio,
@@ -73,7 +74,7 @@ def run_task(
         kv_reads=stats.kv_reads - reads,
         perplexity=math.exp(loss),
         tokens_per_second=(generate - 1) / seconds,
-        answer=text.strip().split("\n", 1)[0],
+        answer=said.strip().split("\n", 1)[0],
         right=task.is_right(text),
         text=text,
         growth=growth,
