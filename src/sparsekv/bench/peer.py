@@ -88,7 +88,7 @@ def _group(works: list[Work], device: torch.device) -> Iterator[dict[str, Any]]:
     vocabulary = shape_of(work.shape).vocabulary
     yield {"work": "start", "start_s": start, **shared}
     for kind in dict.fromkeys(each.sampling for each in works):
-        _generate(llm, random_prompts(4, 64, vocabulary, seed=0), [_params(kind, 16)] * 4)
+        _generate(llm, random_prompts(rows, 64, vocabulary, seed=0), [_params(kind, 16)] * rows)
     for each in works:
         lengths = output_lengths(each, seed=0)
         params = [_params(each.sampling, length, n=each.samples) for length in lengths]

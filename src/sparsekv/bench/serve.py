@@ -134,7 +134,7 @@ def _group(works: list[Work], device: torch.device, dtype: torch.dtype, seed: in
     try:
         vocabulary = shape_of(work.shape).vocabulary
         for kind in dict.fromkeys(each.sampling for each in works):
-            llm.generate(random_prompts(4, 64, vocabulary, seed=seed), _params(kind, 16))
+            llm.generate(random_prompts(work.rows, 64, vocabulary, seed=seed), _params(kind, 16))
         if not all(isinstance(each.output, int) for each in works):
             _all_sizes(llm, work, vocabulary, seed)
         first = time.perf_counter() - begun

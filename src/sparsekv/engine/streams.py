@@ -6,6 +6,7 @@ that fails tells every listener and empties the engine; where that fails too (a 
 """
 
 import asyncio
+import atexit
 import gc
 import threading
 import weakref
@@ -27,6 +28,10 @@ Job = Callable[[], None]
 T = TypeVar("T")
 Spec = dict[str, Any]
 """The arguments of Engine.add."""
+_RUNNING: dict[threading.Thread, "SimpleQueue[Job | None]"] = {}
+"""The engines' threads, and what they wait at."""
+_LAST_STEP_S = 30.0
+"""A process that ends waits so long, at most, for a step under way."""
 
 
 @dataclass(eq=False)
@@ -52,6 +57,7 @@ class Streams:
         arguments = (weakref.ref(self), self._jobs, engine.runner.device)
         self._thread = threading.Thread(target=_serve, args=arguments, name="sparsekv-engine", daemon=True)
         weakref.finalize(self, self._jobs.put, None).atexit = False
+        _RUNNING[self._thread] = self._jobs
         self._thread.start()
 
     # What callers do
@@ -263,17 +269,28 @@ def _tell(sink: Sink, event: Request | BaseException) -> bool:
 
 def _serve(streams: "weakref.ref[Streams]", jobs: "SimpleQueue[Job | None]", device: torch.device) -> None:
     """The thread. While it waits it keeps nothing alive."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    while True:
-        job, alive = jobs.get(), streams()
-        if alive is None:
-            gc.collect()  # the pool, now rather than some time: a cache and its layers know each other
-            return
-        try:
-            if not alive._work(job):
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        while True:
+            job, alive = jobs.get(), streams()
+            if alive is None:
+                gc.collect()  # the pool, now rather than some time: a cache and its layers know each other
                 return
-        except BaseException as error:
-            alive.died(error)
-            raise
-        del job, alive
+            try:
+                if not alive._work(job):
+                    return
+            except BaseException as error:
+                alive.died(error)
+                raise
+            del job, alive
+    finally:
+        del _RUNNING[threading.current_thread()]
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Python stops daemon threads wherever they are, and one that is inside PyTorch then aborts the whole process."""
+    for thread, jobs in list(_RUNNING.items()):
+        jobs.put(None)
+        thread.join(_LAST_STEP_S)
