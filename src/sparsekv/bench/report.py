@@ -1,10 +1,7 @@
-"""The tables of docs/performance.md, and the short one of the README, from a results file:
-python -m sparsekv.bench.report benchmarks/results/h100.jsonl docs/performance.md README.md
+"""The tables of docs/performance.md from a results file, of bench.suite or of `make bench-cpu`:
+python -m sparsekv.bench.report benchmarks/results/h100.jsonl docs/performance.md
 
-With one page, the table of whole forwards on a CPU, which `make bench-cpu` measures:
-python -m sparsekv.bench.report benchmarks/results/cpu.jsonl docs/performance.md
-
-Only the blocks between the markers are rewritten.
+Only the block of that kind of machine, between its markers, is rewritten.
 """
 
 import json
@@ -30,23 +27,19 @@ GROUPS = {
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 and one sentence for a user's mistake."""
-    if len(arguments) not in (2, 3):
-        print("usage: python -m sparsekv.bench.report RESULTS.jsonl PAGE.md [README.md]", file=sys.stderr)
+    if len(arguments) != 2:
+        print("usage: python -m sparsekv.bench.report RESULTS.jsonl PAGE.md", file=sys.stderr)
         return 2
-    results, page, *readme = (Path(argument) for argument in arguments)
+    results, page = (Path(argument) for argument in arguments)
     try:
         rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-        name = BLOCK if readme else CPU_BLOCK
-        if readme:
-            blocks = {page: full(rows), readme[0]: brief(rows)}
-        else:
-            blocks = {page: plain(rows)}
-        texts = {path: replaced(path, block, name=name) for path, block in blocks.items()}
+        on_cpu = any("sparsekv_ms" in row for row in rows)
+        block, name = (plain(rows), CPU_BLOCK) if on_cpu else (full(rows), BLOCK)
+        text = replaced(page, block, name=name)
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
     return 0
 
 
@@ -75,30 +68,6 @@ def plain(rows: list[Row]) -> str:
         f"{first['transformers']}, commit {first['commit']}; medians of each run, then over runs with a seed each.\n\n"
         + table(head, lines)
     )
-
-
-def brief(rows: list[Row]) -> str:
-    """For the README: decode steps."""
-    targets = against_targets(rows)
-    head = (
-        "batch x context",
-        "ratio 8",
-        "its roofline",
-        "over it",
-        "dense, same engine",
-        "vLLM 0.26.0 BF16*",
-        "vLLM 0.26.0 FP8*",
-    )
-    lines = [row for row in _step_lines(rows) if row[0] == "qwen3-8b"]
-    parts = [
-        f"One decode step of the Qwen3-8B shape, random weights, {rows[0]['hardware']}, in ms (commit "
-        f"{rows[0]['commit']}):",
-        table(head, [(*line[1:5], line[6], line[8], line[9]) for line in lines]),
-        "*Constants measured elsewhere on the same kind of GPU, not in this run. Ours end with the logits, and at "
-        "ratio 8 hold an eighth of the keys and values; vLLM holds all.",
-        f"Of {len(targets)} targets {_verdicts(targets)}: [all of them](docs/performance.md).",
-    ]
-    return "\n\n".join(parts)
 
 
 def full(rows: list[Row]) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from sparsekv.ops.draw import draw, reference
@@ -130,3 +131,22 @@ def test_a_whole_vocabulary_on_a_gpu(one: tuple[float, int, float], dtype: torch
     ours, theirs = _both(logits, one, 0.6)
     assert (ours != theirs).sum() <= 2
     assert torch.equal(ours, _both(logits, one, 0.6)[0])
+
+
+@pytest.mark.gpu
+def test_one_row_needs_no_compilation_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one row the parameters are views into their batch, wherever they lie."""
+    missed: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **about: missed.append(about["repr"]))
+    for rows in (2, 1):
+        missed.clear()
+        integers = torch.ones(rows, 4, dtype=torch.int64, device="cuda").unbind(-1)
+        floats = torch.full((rows, 3), 0.5, device="cuda").unbind(-1)
+        kernel.draw(
+            torch.randn(rows, VOCAB, device="cuda"),
+            integers[:3],
+            floats[0],
+            (floats[1], integers[3], floats[2]),
+            block=CUT,
+        )
+    assert missed == []

@@ -20,6 +20,9 @@ BLOCK, WARPS = 8192, 16
 LOW_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 """Of the 32 bits of a float32, how many are zero in each type."""
 
+FREE = ["seed", "sample", "position", "temperature", "min_p", "top_k", "top_p", "stride", "vocab"]
+"""What the code does not depend on: of one row, the parameters lie wherever their batch did."""
+
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _NOTHING: tl.constexpr = tl.constexpr(-2139095041)
 """The key of minus infinity."""
@@ -174,7 +177,7 @@ def _pick(
     return tl.where(found < vocab, found, tl.where(latest >= 0, latest, at_best))
 
 
-@triton.jit(do_not_specialize=["stride", "vocab"])
+@triton.jit(do_not_specialize=FREE)
 def _draw(
     logits, seed, sample, position, temperature, min_p, top_k, top_p, tokens, stride, vocab,
     FILTERS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
