@@ -23,11 +23,18 @@ def to_stderr(text: str) -> None:
 def read_lines(results: Path) -> list[Line]:
     """What a results file holds. Raises ValueError where it is none."""
     try:
-        return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+        text = results.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot read {results}: {error.strerror}") from None
+    return parsed(text, name=results)
+
+
+def parsed(text: str, *, name: Path) -> list[Line]:
+    """JSON lines. Raises ValueError, with the file's name, for a text that is none."""
+    try:
+        return [json.loads(line) for line in text.splitlines()]
     except json.JSONDecodeError:
-        raise ValueError(f"{results} is no file of JSON lines") from None
+        raise ValueError(f"{name} is no file of JSON lines") from None
 
 
 def missing(

@@ -87,6 +87,8 @@ def test_what_a_kill_leaves_is_gone_on_from(write: Write, tmp_path: Path) -> Non
     second = Draws.of(out, list(study.cells())[1]).path
     with second.open("a") as file:
         file.write('{"problem": "toy-ver')  # cut by the kill
+    assert len(lacking(study, out, only=None)) == 5
+    assert second.read_text().endswith("toy-ver")  # as it would be where another process were writing it
     assert run(study, out, seconds=0, say=quiet) is False
     assert len(drawn(study, out)["dense/toy-verified/0"]) == 6
     assert run(study, out, only=["tova@2"], say=quiet)

@@ -5,12 +5,13 @@ lengths reads, bounds and peak (tokens of a KV head, averaged over layers and he
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekv.studies.runner import Line, append, read_lines
+from sparsekv.studies.runner import Line, append, parsed
 from sparsekv.studies.scale.cells import Cell
 
 FOLDER = "draws"
@@ -27,22 +28,27 @@ class Draws:
         return Draws(path=out / FOLDER / f"{cell.name.replace('/', '~')}.jsonl")
 
     def read(self) -> tuple[Line | None, list[Line]]:
-        """(what it was drawn with, None where nothing was; the problems). A last line that a kill has cut is dropped.
+        """(what it was drawn with, None where nothing was; the problems). A last line without an end is left out: a
+        kill has cut it, or another process is writing it.
 
         Raises ValueError where the file is none of ours.
         """
         if not self.path.exists():
             return None, []
-        text = self.path.read_text(encoding="utf-8")
-        if not text.endswith("\n"):
-            self.path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-        lines = read_lines(self.path)
+        lines = parsed(self._whole(), name=self.path)
         if lines and "cell" not in lines[0]:
             raise ValueError(f"{self.path} holds no draws of a study; give another --out")
         return (lines[0], lines[1:]) if lines else (None, [])
 
     def add(self, lines: Sequence[Line]) -> None:
+        """Append, in place of what a kill has cut."""
+        if self.path.exists():
+            os.truncate(self.path, len(self._whole().encode()))
         append(self.path, lines)
+
+    def _whole(self) -> str:
+        text = self.path.read_text(encoding="utf-8")
+        return text[: text.rfind("\n") + 1]
 
 
 def check(header: Line, wanted: Line, *, out: Path) -> None:
