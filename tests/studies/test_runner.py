@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from making import dies, fails, made
-from sparsekv.studies.runner import failures_of, read_lines, run_cells
+from sparsekv.json_lines import read_lines
+from sparsekv.studies.runner import failures_of, run_cells
 from sparsekv.studies.workers import Line
 
 

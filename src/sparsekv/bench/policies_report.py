@@ -1,35 +1,21 @@
 """docs/policies.md from a results file of bench.policies: python -m sparsekv.bench.policies_report RESULTS PAGE."""
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from sparsekv.bench.targets import size
-from sparsekv.markdown import replaced, table
+from sparsekv.markdown import rewrite, table
 
 BLOCK = "policies"
 
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 and one sentence for a user's mistake."""
-    if len(arguments) != 2:
-        print("usage: python -m sparsekv.bench.policies_report RESULTS.jsonl PAGE.md", file=sys.stderr)
-        return 2
-    results, page = map(Path, arguments)
-    try:
-        page.write_text(replaced(page, block(_read(results)), name=BLOCK), encoding="utf-8")
-    except ValueError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _read(results: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise ValueError(f"cannot read {results}: {error.strerror}") from None
+    return rewrite(
+        arguments,
+        usage="python -m sparsekv.bench.policies_report RESULTS.jsonl PAGE.md",
+        blocks=lambda rows: [(BLOCK, block(rows))],
+    )
 
 
 def block(rows: list[dict[str, Any]]) -> str:

@@ -4,31 +4,22 @@ python -m sparsekv.bench.predicted benchmarks/results/h100.jsonl docs/plan.md
 Only the block between the markers is rewritten.
 """
 
-import json
 import sys
-from pathlib import Path
 
 from sparsekv.bench.targets import Row, size
 from sparsekv.cost import against_measured
-from sparsekv.markdown import replaced, table
+from sparsekv.markdown import rewrite, table
 
 BLOCK = "plan"
 
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 and one sentence for a user's mistake."""
-    if len(arguments) != 2:
-        print("usage: python -m sparsekv.bench.predicted RESULTS.jsonl PAGE.md", file=sys.stderr)
-        return 2
-    results, page = (Path(argument) for argument in arguments)
-    try:
-        rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-        text = replaced(page, beside_prediction(rows), name=BLOCK)
-    except ValueError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    page.write_text(text, encoding="utf-8")
-    return 0
+    return rewrite(
+        arguments,
+        usage="python -m sparsekv.bench.predicted RESULTS.jsonl PAGE.md",
+        blocks=lambda rows: [(BLOCK, beside_prediction(rows))],
+    )
 
 
 def beside_prediction(rows: list[Row]) -> str:

@@ -4,16 +4,14 @@ python -m sparsekv.bench.report benchmarks/results/h100.jsonl docs/performance.m
 Only the block of that kind of machine, between its markers, is rewritten.
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from sparsekv.bench.targets import VLLM, Row, against_targets, size
 from sparsekv.bench.timing import median
-from sparsekv.markdown import replaced, table
+from sparsekv.markdown import rewrite, table
 
 BLOCK, CPU_BLOCK = "performance", "performance-cpu"
 GROUPS = {
@@ -27,20 +25,12 @@ GROUPS = {
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 and one sentence for a user's mistake."""
-    if len(arguments) != 2:
-        print("usage: python -m sparsekv.bench.report RESULTS.jsonl PAGE.md", file=sys.stderr)
-        return 2
-    results, page = (Path(argument) for argument in arguments)
-    try:
-        rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-        on_cpu = any("sparsekv_ms" in row for row in rows)
-        block, name = (plain(rows), CPU_BLOCK) if on_cpu else (full(rows), BLOCK)
-        text = replaced(page, block, name=name)
-    except ValueError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    page.write_text(text, encoding="utf-8")
-    return 0
+    return rewrite(arguments, usage="python -m sparsekv.bench.report RESULTS.jsonl PAGE.md", blocks=_block)
+
+
+def _block(rows: list[Row]) -> list[tuple[str, str]]:
+    """Of whole forwards on a CPU, or of bench.suite."""
+    return [(CPU_BLOCK, plain(rows)) if any("sparsekv_ms" in row for row in rows) else (BLOCK, full(rows))]
 
 
 def plain(rows: list[Row]) -> str:

@@ -5,12 +5,10 @@ The results hold lines of `sparsekv bench serve --json` (or bench.suite) and of 
 markers `serve` are rewritten.
 """
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from sparsekv.markdown import replaced, table
+from sparsekv.markdown import rewrite, table
 
 BLOCK = "serve"
 Row = dict[str, Any]
@@ -35,19 +33,11 @@ AIMED_GAP = 2.0
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 and one sentence for a user's mistake."""
-    if len(arguments) != 3:
-        print("usage: python -m sparsekv.bench.serve_report RESULTS.jsonl PAGE.md README.md", file=sys.stderr)
-        return 2
-    results, page, readme = (Path(argument) for argument in arguments)
-    try:
-        rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-        texts = {path: replaced(path, make(rows), name=BLOCK) for path, make in ((page, full), (readme, brief))}
-    except ValueError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
-    return 0
+    return rewrite(
+        arguments,
+        usage="python -m sparsekv.bench.serve_report RESULTS.jsonl PAGE.md README.md",
+        blocks=lambda rows: [(BLOCK, full(rows)), (BLOCK, brief(rows))],
+    )
 
 
 def ours(rows: list[Row]) -> dict[str, Row]:

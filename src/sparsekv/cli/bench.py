@@ -163,7 +163,7 @@ def _serve_http(ratios: str, *, requests: int | None, seed: int, as_json: bool) 
     gpu = torch.cuda.is_available()
     setup = Setup()
     if not gpu:
-        small: dict[str, Any] = {"rows": 16, "memory": 256 * 2**20, "requests": 48, "prompt": (32, 256)}
+        small: dict[str, Any] = {"memory": 512 * 2**20, "requests": 160, "prompt": (32, 256)}
         setup = Setup(shape=None, adapter=find_adapter("smollm2-135m"), output=(16, 64), **small)
     for ratio in wanted:
         here = replace(setup, ratio=ratio, requests=requests or setup.requests)

@@ -5,36 +5,19 @@ own, the others go on, and the next run tries it again. Several runners may work
 (`only`): a cell is appended by one write.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from sparsekv.studies.workers import Cell, Crew, Line, Made
+from sparsekv.json_lines import Line, append, read_lines
+from sparsekv.studies.workers import Cell, Crew, Made
 
 Say = Callable[[str], None]
 
 
 def to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def read_lines(results: Path) -> list[Line]:
-    """What a results file holds. Raises ValueError where it is none."""
-    try:
-        text = results.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot read {results}: {error.strerror}") from None
-    return parsed(text, name=results)
-
-
-def parsed(text: str, *, name: Path) -> list[Line]:
-    """JSON lines. Raises ValueError, with the file's name, for a text that is none."""
-    try:
-        return [json.loads(line) for line in text.splitlines()]
-    except json.JSONDecodeError:
-        raise ValueError(f"{name} is no file of JSON lines") from None
 
 
 def missing(
@@ -60,13 +43,6 @@ def missing(
             say(f"The {seconds:g} seconds are over: {name} and what follows are left out")
             return
         yield name
-
-
-def append(results: Path, lines: Sequence[Line]) -> None:
-    """Write a cell's lines at once."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def run_cells(

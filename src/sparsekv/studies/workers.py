@@ -14,11 +14,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from queue import LifoQueue
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from transformers.utils.logging import disable_progress_bar
 
-Line = dict[str, Any]
+from sparsekv.json_lines import Line
+
 Cell = Callable[[], Sequence[Line]]
 
 

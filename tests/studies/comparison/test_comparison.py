@@ -11,6 +11,7 @@ from helpers import random_heads
 from sparsekv.evals.calibrate import Dial, calibrate
 from sparsekv.evals.methods import measure
 from sparsekv.evals.methods.continuation import Continuation
+from sparsekv.json_lines import read_lines
 from sparsekv.markdown import markers
 from sparsekv.modeling.adapter import AdapterConfig, base_shape, save_adapter
 from sparsekv.modeling.load import load_model
@@ -20,7 +21,6 @@ from sparsekv.studies.comparison.cells import _bench, grouped_cells
 from sparsekv.studies.comparison.report import BLOCK
 from sparsekv.studies.comparison.results import Results
 from sparsekv.studies.comparison.study import load_study
-from sparsekv.studies.runner import read_lines
 
 BEGIN, END = markers(BLOCK)
 ROOT = Path(__file__).parents[3]

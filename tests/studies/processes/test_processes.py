@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sparsekv.json_lines import read_lines
 from sparsekv.markdown import markers
 from sparsekv.studies.processes import perform as performing
 from sparsekv.studies.processes.__main__ import main
@@ -14,7 +15,6 @@ from sparsekv.studies.processes.compare import TIMES, compared, worst
 from sparsekv.studies.processes.perform import perform
 from sparsekv.studies.processes.report import BLOCK, block, write_page
 from sparsekv.studies.processes.runs import RUNS, WAVES, widen
-from sparsekv.studies.runner import read_lines
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks/results/two-gpus.jsonl"

@@ -7,9 +7,9 @@ dense gets right that stays right; each at the ratio that was measured.
 import os
 from pathlib import Path
 
+from sparsekv.json_lines import Line, read_lines
 from sparsekv.markdown import replaced, table
 from sparsekv.studies.ablations.study import Picture, Study
-from sparsekv.studies.runner import Line, read_lines
 
 BLOCK = "ablations"
 HEAD = ("run", "point", "ratio", "perplexity", "other domains", "divergence", "retrieval kept")

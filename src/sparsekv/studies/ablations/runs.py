@@ -18,6 +18,7 @@ import torch
 
 from sparsekv.evals.corpus import other_documents
 from sparsekv.evals.evaluate import Point, describe, evaluate
+from sparsekv.json_lines import append, read_lines
 from sparsekv.modeling.adapter import read_adapter
 from sparsekv.modeling.attach import heads
 from sparsekv.retrofit import run as retrofit
@@ -26,7 +27,7 @@ from sparsekv.retrofit.documents import held_out, read_all
 from sparsekv.retrofit.metrics import METRICS_FILE
 from sparsekv.studies.ablations.controls import CONTROLS
 from sparsekv.studies.ablations.study import BASE, Run, Study
-from sparsekv.studies.runner import Say, append, missing, read_lines, to_stderr
+from sparsekv.studies.runner import Say, missing, to_stderr
 
 RESULTS = "ablations.jsonl"
 

@@ -4,11 +4,11 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sparsekv.json_lines import Line, read_lines
 from sparsekv.markdown import replaced
 from sparsekv.studies.comparison import tables
 from sparsekv.studies.comparison.results import DENSE, Results, in_order, right, score, text_of
 from sparsekv.studies.pictures import Curve, Panel, draw
-from sparsekv.studies.runner import Line, read_lines
 
 BLOCK = "comparison"
 HIGHEST = 0.5

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsekv.studies.runner import Line
+from sparsekv.json_lines import Line
 
 TEXT = "perplexity"
 DENSE = "dense"

@@ -10,11 +10,11 @@ from sparsekv.engine.llm import LLM
 from sparsekv.engine.outputs import RequestOutput
 from sparsekv.engine.params import SamplingParams
 from sparsekv.evals.methods.setting import Setting
+from sparsekv.json_lines import Line
 from sparsekv.modeling.attach import attach, detach
 from sparsekv.modeling.load import load_model
 from sparsekv.studies.comparison.locks import held
 from sparsekv.studies.comparison.study import Speed, Study
-from sparsekv.studies.runner import Line
 
 RUNS = 3
 

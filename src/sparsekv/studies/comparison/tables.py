@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from sparsekv.json_lines import Line
 from sparsekv.markdown import table
 from sparsekv.studies.comparison.results import (
     DENSE,
@@ -14,7 +15,6 @@ from sparsekv.studies.comparison.results import (
     score,
     text_of,
 )
-from sparsekv.studies.runner import Line
 
 RISE, PART = 0.005, 0.5
 """What DMS + Quest is to reach: reads of at most PART of DMS's, at a perplexity of at most 1 + RISE of its."""

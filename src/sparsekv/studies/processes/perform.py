@@ -19,6 +19,7 @@ import yaml
 
 from sparsekv.bench.launch import command_of, last_words, start
 from sparsekv.bench.timing import median
+from sparsekv.json_lines import append, read_lines
 from sparsekv.modeling.adapter import read_adapter
 from sparsekv.retrofit.checkpoint import newest
 from sparsekv.retrofit.config import load_config, parse_config, save_config
@@ -26,7 +27,7 @@ from sparsekv.retrofit.metrics import METRICS_FILE
 from sparsekv.studies.processes import runs as table
 from sparsekv.studies.processes.compare import Line, compared
 from sparsekv.studies.processes.runs import RUNS, WAVES, Run, widen
-from sparsekv.studies.runner import Say, append, read_lines, to_stderr
+from sparsekv.studies.runner import Say, to_stderr
 
 RESULTS, MODULE = "processes.jsonl", "sparsekv.retrofit"
 WARM_UP = 5

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sparsekv.json_lines import read_lines
 from sparsekv.markdown import replaced, table
 from sparsekv.studies.processes.compare import TIMES, Line, same_steps
 from sparsekv.studies.processes.runs import RUNS
-from sparsekv.studies.runner import read_lines
 
 BLOCK = "two-gpus"
 NOT_MEASURED = "Not measured yet."

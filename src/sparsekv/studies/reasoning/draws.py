@@ -11,9 +11,10 @@ from typing import Any
 from sparsekv.engine import LLM, SamplingParams
 from sparsekv.evals.problems.base import Problem, Task
 from sparsekv.evals.problems.tasks import get, procedural
+from sparsekv.json_lines import append
 from sparsekv.studies.reasoning.chats import chat
 from sparsekv.studies.reasoning.config import ReasoningConfig
-from sparsekv.studies.runner import Say, append
+from sparsekv.studies.runner import Say
 
 FIRST_OWN = 10_000_000
 """The number of the first training problem that own chains are drawn for: none that is fine-tuned on."""

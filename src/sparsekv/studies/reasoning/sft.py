@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig
 
+from sparsekv.json_lines import append, read_lines
 from sparsekv.modeling.attach import attach, detach
 from sparsekv.modeling.compiled import compiled_layers
 from sparsekv.modeling.load import load_model
@@ -30,7 +31,7 @@ from sparsekv.studies.reasoning import data
 from sparsekv.studies.reasoning.chats import TEMPLATE
 from sparsekv.studies.reasoning.config import ReasoningConfig
 from sparsekv.studies.reasoning.rows import IGNORE, Batch, batches
-from sparsekv.studies.runner import Say, append, read_lines
+from sparsekv.studies.runner import Say
 
 METRICS, CONFIG = "metrics.jsonl", "reasoning.json"
 EVERY = 25

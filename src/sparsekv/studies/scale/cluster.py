@@ -9,7 +9,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from sparsekv.studies.runner import Line, Say, to_stderr
+from sparsekv.json_lines import Line
+from sparsekv.studies.runner import Say, to_stderr
 from sparsekv.studies.scale.cells import Cell
 from sparsekv.studies.scale.draw import draw
 from sparsekv.studies.scale.draws import Draws

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from sparsekv.engine.llm import LLM
 from sparsekv.engine.params import SamplingParams
 from sparsekv.evals.problems.base import Problem, Task
+from sparsekv.json_lines import Line
 from sparsekv.provenance import commit, environment
 from sparsekv.scaling.chains import Chain, draw_chains
-from sparsekv.studies.runner import Line
 from sparsekv.studies.scale.cells import Cell
 from sparsekv.studies.scale.engines import Engines, prompt_ids
 from sparsekv.studies.scale.study import Study

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekv.studies.runner import Line, append, parsed
+from sparsekv.json_lines import Line, append, parsed
 from sparsekv.studies.scale.cells import Cell
 
 FOLDER = "draws"

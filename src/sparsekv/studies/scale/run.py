@@ -7,8 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from sparsekv.json_lines import Line
 from sparsekv.modeling.adapter import read_adapter
-from sparsekv.studies.runner import Line, Say, to_stderr
+from sparsekv.studies.runner import Say, to_stderr
 from sparsekv.studies.scale.cells import Cell, chosen
 from sparsekv.studies.scale.draw import draw, wanted
 from sparsekv.studies.scale.draws import Draws, check

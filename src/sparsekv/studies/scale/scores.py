@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekv.studies.runner import Line, Say, append, read_lines, to_stderr
+from sparsekv.json_lines import Line, append, read_lines
+from sparsekv.studies.runner import Say, to_stderr
 from sparsekv.studies.scale.cells import Cell
 from sparsekv.studies.scale.draws import Draws
 from sparsekv.studies.scale.study import Study

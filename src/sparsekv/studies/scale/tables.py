@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekv.evals.methods.intervals import Estimate, share
+from sparsekv.json_lines import Line
 from sparsekv.scaling import subsets
-from sparsekv.studies.runner import Line
 from sparsekv.studies.scale.cells import Cell
 from sparsekv.studies.scale.draws import Draws
 from sparsekv.studies.scale.scores import scores_of
