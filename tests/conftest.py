@@ -1,6 +1,7 @@
 """Settings of every test: one thread a worker (pytest-xdist runs several), and hypothesis without a clock. Fixtures: a
 tiny model's folder with texts, and the configuration of a run that takes a second."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from sparsekv.retrofit.config import RetrofitConfig
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 # Without a GPU, kernels run in Triton's interpreter, which must be chosen before anything imports triton.
 if not torch.cuda.is_available():
@@ -23,6 +25,18 @@ if not torch.cuda.is_available():
 # number of examples: the whole suite is run often.
 settings.register_profile("sparsekv", deadline=None, derandomize="CI" in os.environ, max_examples=50)
 settings.load_profile("sparsekv")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, so that no worker has one left when the others have ended."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What all tests have imported stays: a full collection, of which the engine and Trainer ask for many, would look
+    through it each time, for half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

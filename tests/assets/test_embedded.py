@@ -1,5 +1,8 @@
 """The embedded model: what a name resolves to, what is refused, and (slow) the real model converted from its file."""
 
+import functools
+
+import gguf as reader
 import pytest
 import torch
 
@@ -57,6 +60,8 @@ def test_a_file_that_is_not_the_model_is_refused(cache, tmp_path):
 def test_the_model_converted_from_its_file_is_plain_transformers(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    for slow in ("GGUFReader", "get_tensor_name_map"):  # asked for the same again and again, for most of half a minute
+        monkeypatch.setattr(reader, slow, functools.cache(getattr(reader, slow)))
     gguf = f"{fetch_model('smollm2-135m')}/../SmolLM2-135M-Instruct.Q4_1.gguf"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = fetch_model("smollm2-135m", gguf=gguf)

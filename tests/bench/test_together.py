@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from distributing import fork
 from sparsekv.bench import together, together_process
 from sparsekv.bench.shapes import shape_of
 from sparsekv.bench.train import step_flops
@@ -70,6 +71,16 @@ def test_a_measurement_that_fails_is_a_line_and_the_next_goes_on(monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_times_two_halves_of_a_model(monkeypatch):
+    """In this process, and in two that are forked; test_launch.py has the commands, and the studies start them."""
+
+    def start(command, log, **kwargs):
+        count = 2 if "torch.distributed.run" in command else 1
+        assert command[-3:-1] == ["-m", together.MODULE]
+        if count == 1:
+            return together_process.main(command[-1:])
+        return fork(count, together_process.main, [command[-1:]], log)
+
+    monkeypatch.setattr(together, "start", start)
     monkeypatch.setattr(together, "FIRST", [("alone", "heads")])
     done = CliRunner().invoke(app, ["train", "--shape", "tiny", "--processes", "2", "--tokens", "160", "--json"])
     assert done.exit_code == 0, done.output

@@ -174,7 +174,7 @@ def test_the_harness_s_tasks_run_beside_ours(evaluate, tmp_path, monkeypatch) ->
 @pytest.mark.slow
 def test_the_embedded_model_is_measured(run) -> None:
     words = ("eval", "smollm2-135m", "--policy", "tova", "--cr", 4, "--tasks", "passkey,perplexity")
-    outcome = run(*words, "--rows", 1, "--length", 128, "--contexts", 256, "--items", 1, "--json")
+    outcome = run(*words, "--rows", 1, "--length", 64, "--contexts", 256, "--items", 1, "--json")
     assert outcome.code == 0, outcome.err
     dense, ours = (rows_of(json.loads(outcome.out), name) for name in ("dense", "tova"))
     assert dense["pass key"]["scores"]["accuracy"]["value"] == 1

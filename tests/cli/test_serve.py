@@ -85,7 +85,7 @@ def test_the_embedded_model_answers_and_a_term_signal_lets_it_finish() -> None:
     messages: Any = [{"role": "user", "content": "What is the capital of France?"}]
     arguments = ("smollm2-135m", "--adapter", adapter, "--cr", 4, "--kv-memory", "512MiB")
     with process(*arguments) as (run, client), ThreadPoolExecutor() as pool:
-        options: dict[str, Any] = {"model": "smollm2-135m", "messages": messages, "temperature": 0, "max_tokens": 24}
+        options: dict[str, Any] = {"model": "smollm2-135m", "messages": messages, "temperature": 0, "max_tokens": 10}
         reply = client.chat.completions.create(**options)
         assert "Paris" in str(reply.choices[0].message.content)
         chunks = client.chat.completions.create(**options, stream=True)
@@ -98,12 +98,12 @@ def test_the_embedded_model_answers_and_a_term_signal_lets_it_finish() -> None:
         with pytest.raises(openai.BadRequestError, match="knows no tools"):
             client.chat.completions.create(**options, tools=tools)
 
-        options = {"model": "smollm2-135m", "messages": messages, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
+        options = {"model": "smollm2-135m", "messages": messages, "max_tokens": 24, "extra_body": {"ignore_eos": True}}
         asked = [pool.submit(client.chat.completions.create, **options) for _ in range(3)]
         while not _running(client, 3):
             time.sleep(0.01)
         run.send_signal(signal.SIGTERM)
-        assert [task.result().usage.completion_tokens for task in asked] == [60] * 3
+        assert [task.result().usage.completion_tokens for task in asked] == [24] * 3
         assert run.wait(20) == 0
 
 

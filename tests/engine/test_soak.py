@@ -181,11 +181,10 @@ def _soak(requests: int, *, seed: int, ahead: bool) -> None:
     assert threading.active_count() <= before
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_two_hundred_requests(ahead: bool) -> None:
-    _soak(200, seed=0, ahead=ahead)
+def test_two_hundred_requests_in_steps_that_wait() -> None:
+    _soak(200, seed=0, ahead=False)
 
 
 @pytest.mark.slow
-def test_two_thousand_requests() -> None:
+def test_two_thousand_requests_in_steps_ahead() -> None:
     _soak(2000, seed=1, ahead=True)

@@ -153,7 +153,7 @@ def test_padded_rows_of_a_graph_write_nothing() -> None:
         caches = []
         for rows in ([0, 1], [0, -1, 1, -1]):
             model = governed(name)
-            llm = LLM(model, max_num_seqs=3, enforce_eager=True)
+            llm = LLM(model, max_num_seqs=3, enforce_eager=True, kv_memory="1MiB")
             runner = llm.engine.runner
             executor: Executor = runner.cache.executor
             _decode_by_hand(model, executor, runner.cache, rows)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,39 +11,60 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from transformers import Qwen3Config, StableLmConfig
 
+import distributing
+from distributing import fork, free_port
 from retrofitting import Configure, trained
 from sparsekv.modeling.adapter import HEAD, PREFIX, read_adapter
 from sparsekv.retrofit.checkpoint import CHECKPOINTS
 from sparsekv.retrofit.config import RetrofitConfig, save_config
 from sparsekv.retrofit.run import check_processes, run
 
-SCRIPT = Path(__file__).parent / "distributed.py"
 FSDP2 = Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp2.yaml"
 
 
-def start(config: RetrofitConfig, folder: Path, *, fsdp: bool, what: str) -> list[dict[str, Any]]:
-    """The metrics of two processes: by `accelerate launch`, or by torchrun, since accelerate starts one on a CPU."""
-    folder.mkdir()
-    save_config(config, folder / "run.yaml")
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    settings = yaml.safe_load(FSDP2.read_text()) | {"num_processes": 2, "use_cpu": True, "main_process_port": port}
-    (folder / "launch.yaml").write_text(yaml.safe_dump(settings))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    if fsdp:
-        launcher = ["accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
+def launched(config: RetrofitConfig, folder: Path) -> list[dict[str, Any]]:
+    """The metrics of two shards, started by `accelerate launch` with the file that users are given."""
+    _save(config, folder)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *_settings(folder)]
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, str(SCRIPT), str(folder / "run.yaml"), what],
-        env=environment,
+        [*command, distributing.__file__, str(folder / "run.yaml"), "train"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+    return metrics(config)
+
+
+def forked(config: RetrofitConfig, folder: Path, *, fsdp: bool = False, what: str) -> list[dict[str, Any]]:
+    """The metrics of two processes with what launchers tell theirs."""
+    _save(config, folder)
+    environment = {}
+    if fsdp:
+        parsed = launch_command_parser().parse_args([*_settings(folder), "script.py"])
+        environment = prepare_multi_gpu_env(_validate_launch_command(parsed)[0])
+    code = fork(2, distributing.main, [str(folder / "run.yaml"), what], folder / "log", **environment)
+    assert code == 0, (folder / "log").read_text()
+    return metrics(config)
+
+
+def _save(config: RetrofitConfig, folder: Path) -> None:
+    folder.mkdir()
+    save_config(config, folder / "run.yaml")
+
+
+def _settings(folder: Path) -> list[str]:
+    settings = yaml.safe_load(FSDP2.read_text()) | {"num_processes": 2, "use_cpu": True}
+    (folder / "launch.yaml").write_text(yaml.safe_dump(settings | {"main_process_port": free_port()}))
+    return ["--config_file", str(folder / "launch.yaml")]
+
+
+def metrics(config: RetrofitConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -60,7 +80,7 @@ def test_two_replicas_give_the_losses_of_one_and_one_adapter(configure: Configur
     changes = CHANGES | {"decay_steps": 2}
     _, alone = trained(configure(output=str(tmp_path / "one"), **changes))
     config = configure(output=str(tmp_path / "two"), **changes)
-    same(start(config, tmp_path / "launch", fsdp=False, what="run"), alone)
+    same(forked(config, tmp_path / "launch", what="run"), alone)
     assert len(read_adapter(config.output)[0].offsets) == 3
 
 
@@ -71,7 +91,8 @@ def test_two_shards_give_the_losses_of_one_which_can_go_on_for_them(
     changes = CHANGES | {"trainable": trainable}
     _, alone = trained(configure(output=str(tmp_path / "one"), **changes))
     two = str(tmp_path / "two")
-    together = start(configure(output=two, **changes | {"max_steps": 2}), tmp_path / "launch", fsdp=True, what="train")
+    config, folder = configure(output=two, **changes | {"max_steps": 2}), tmp_path / "launch"
+    together = launched(config, folder) if trainable == "lora" else forked(config, folder, fsdp=True, what="train")
     same(together, alone[:2])
     _, resumed = trained(configure(output=two, **changes))
     same(resumed, alone)
@@ -88,10 +109,10 @@ def test_two_halves_of_a_model_give_the_losses_and_the_heads_of_one_and_take_tur
     changes = CHANGES | {"max_steps": 6}
     one, two = ({**changes, "output": str(tmp_path / name)} for name in ("one", "two"))
     model, alone = trained(configure(**one))
-    same(start(configure(**two, tensor_parallel=2), tmp_path / "first", fsdp=False, what="train"), alone)
+    same(forked(configure(**two, tensor_parallel=2), tmp_path / "first", what="train"), alone)
     run(killed_at_step_4(configure(**two)), say=print)
     goes_on = killed_at_step_4(configure(**one, tensor_parallel=2, gradient_checkpointing=True))
-    same(start(goes_on, tmp_path / "second", fsdp=False, what="run"), alone)
+    same(forked(goes_on, tmp_path / "second", what="run"), alone)
     heads = {PREFIX + name: p.detach() for name, p in model.named_parameters() if f".{HEAD}." in name}
     (ours, by_two), (theirs, by_one) = read_adapter(one["output"]), read_adapter(two["output"])
     for made in (by_one, by_two):

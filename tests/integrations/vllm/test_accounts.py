@@ -138,7 +138,8 @@ class Serving(RuleBasedStateMachine):
         """Also once all that is in flight has run."""
         for name, row in self.rows.items():
             for worker in self.workers:
-                left = any(row in released for _, released, _ in worker.queue)
+                named = [*(released for _, released, _ in worker.queue), self.accounts._released]  # the next step's
+                left = any(row in released for released in named)
                 if not left:  # else the row holds an older request's pages still
                     assert worker.row_pages()[row] <= self.accounts.bound(name, self.tokens[name])
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 import sparsekv
+from distributing import SERVER
 from helpers import random_heads
 from sparsekv.evals.calibrate import Dial, calibrate
 from sparsekv.evals.methods import measure
@@ -16,6 +17,7 @@ from sparsekv.markdown import markers
 from sparsekv.modeling.adapter import AdapterConfig, base_shape, save_adapter
 from sparsekv.modeling.load import load_model
 from sparsekv.policies import policy_names
+from sparsekv.studies import workers
 from sparsekv.studies.comparison.__main__ import STUDY, main
 from sparsekv.studies.comparison.cells import _bench, grouped_cells
 from sparsekv.studies.comparison.report import BLOCK
@@ -143,7 +145,9 @@ def test_methods_hold_as_much_at_their_peak(study: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_processes_make_what_one_makes(study: Path, tmp_path: Path) -> None:
+def test_processes_make_what_one_makes(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forked, since test_runner.py begins them anew."""
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda method: SERVER)
     study.write_text(yaml.safe_dump(yaml.safe_load(study.read_text()) | {"retrieval": {}, "speed": None}))
     found = []
     for processes in ("1", "2"):

@@ -137,7 +137,6 @@ def test_data_must_be_there(study: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "holds no data" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_the_model_can_be_retrofitted(study: Path, tmp_path: Path):
     """The heads of configs/reasoning-heads.yaml, in small, on the chains' chats."""
     from sparsekv.modeling.adapter import read_adapter

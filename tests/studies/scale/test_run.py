@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ def drawn(study: Study, out: Path) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all tests that need the study's draws: the first to run it makes them."""
     return tmp_path_factory.mktemp("whole")
 
 
@@ -54,23 +56,23 @@ def test_one_draw_serves_every_length_and_width(write: Write, tmp_path: Path) ->
     assert passed.max() > 0
 
 
-def test_more_tokens_cost_more_and_a_budget_bounds_the_peak(write: Write, tmp_path: Path) -> None:
+def test_more_tokens_cost_more_and_a_budget_bounds_the_peak(write: Write, whole: Path) -> None:
     study = load_study(write())
-    run(study, tmp_path, say=quiet)
-    for table in tables(study, tmp_path):
+    run(study, whole, say=quiet)
+    for table in tables(study, whole):
         for cost in table.costs.values():
             assert (np.diff(cost, axis=2) >= 0).all()
             assert np.allclose(cost[:, 2], 4 * cost[:, 0])
         if table.cell.method.policy == "tova":
-            dense = next(t for t in tables(study, tmp_path) if t.cell.name == f"dense/{table.cell.task}/0")
+            dense = next(t for t in tables(study, whole) if t.cell.name == f"dense/{table.cell.task}/0")
             assert (table.costs["reads"] <= dense.costs["reads"]).mean() > 0.5
-    seconds = sum(t.costs["seconds"][:, 2, -1].sum() for t in tables(study, tmp_path))
+    seconds = sum(t.costs["seconds"][:, 2, -1].sum() for t in tables(study, whole))
     assert seconds > 0
 
 
-def test_what_a_kill_leaves_is_gone_on_from(write: Write, tmp_path: Path) -> None:
+def test_what_a_kill_leaves_is_gone_on_from(write: Write, whole: Path, tmp_path: Path) -> None:
     study = load_study(write())
-    run(study, tmp_path / "whole", say=quiet)
+    run(study, whole, say=quiet)
     batches = 0
 
     def killed(text: str) -> None:
@@ -94,14 +96,16 @@ def test_what_a_kill_leaves_is_gone_on_from(write: Write, tmp_path: Path) -> Non
     assert run(study, out, only=["tova@2"], say=quiet)
     assert [cell.key for cell in lacking(study, out, only=None)] == ["random@2"] * 2
     assert run(study, out, say=quiet)
-    assert drawn(study, out) == drawn(study, tmp_path / "whole")
+    assert drawn(study, out) == drawn(study, whole)
     more = load_study(write("more", problems=8, tasks=["toy-voted"]))
     assert run(more, out, only=["dense"], say=quiet)
     assert len(drawn(more, out)["dense/toy-voted/0"]) == 8
 
 
-def test_the_report_is_whole(write: Write, tmp_path: Path) -> None:
+def test_the_report_is_whole(write: Write, whole: Path, tmp_path: Path) -> None:
+    run(load_study(write()), whole, say=quiet)
     study, out, page = load_study(write(seeds=[0, 1])), tmp_path / "out", tmp_path / "page.md"
+    copytree(whole, out)
     run(study, out, say=quiet)
     begin, end = markers(BLOCK)
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")

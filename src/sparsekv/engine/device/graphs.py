@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.compile_fx import compile_fx
 
 from sparsekv.attend import Part
 from sparsekv.engine.device.cache import EngineCache
@@ -87,6 +86,8 @@ class DecodeGraphs:
 
 def backend(graph: fx.GraphModule, inputs: list[Any]) -> Any:
     """Inductor on a graph with merged projections and our own matrix products; a torch.compile backend."""
+    from torch._inductor.compile_fx import compile_fx  # more than a second, which a CPU's engine need not wait
+
     return compile_fx(with_own_products(merge(graph, inputs)), inputs, config_patches=INDUCTOR)
 
 
