@@ -1,6 +1,6 @@
 """Shuffled assignments modulo 100, one variable asked for: looked up and evaluated depth first. Voted.
 
-    program / c=a-b / a=41 / b=7 / c?   ->   c=a-b / a=41 / b=7 / c=a-b,a=41,b=7,41-7=34 / ans 34
+    program / c=a-b / a=41 / b=7 / c?   ->   c=a-b / a=41 / b=7 / c=41-7=34 / ans 34
 
 Difficulty: lines at most, of which there are three quarters or more. A chain has to find each line in the prompt and
 each value in itself, at any distance.
@@ -76,7 +76,7 @@ def evaluate(lines: list[str], asked: str) -> Trace:
             left, right = definition.split(sign)
             a, b = visit(left), visit(right)
             value = (a + b if sign == "+" else a - b) % 100
-            trace.lines.append(f"{name}={definition},{left}={a},{right}={b},{a}{sign}{b}={value}")
+            trace.lines.append(f"{name}={a}{sign}{b}={value}")
         trace.values[name] = value
         return value
 

@@ -1,7 +1,9 @@
-"""The product of two numbers, digit by digit with carries, least digit first. Voted.
+"""The product of two numbers, row by row, least digit first. Voted.
 
-Numbers are written least digit first from the chain's first line on. For each digit of the second number: its products
-with the first number's digits, what they add up to with what is left of the rows before, and the digits that are done.
+Numbers are written least digit first from the chain's first line on. For each digit of the second number: its product
+with the first number, then what that and the rows before add up to, and behind it the digits that are done.
+
+    times 62*17   ->   26*71 / 7*26:434 / 34 4 / 1*26:260 / 01 45 / ans 4501
 
 Difficulty: digits of the first number; the second has up to two fewer.
 """
@@ -20,7 +22,7 @@ class Times(Procedural):
 
     family: ClassVar[str] = "times"
     voted: ClassVar[bool] = True
-    levels: ClassVar[tuple[int, int]] = (2, 12)
+    levels: ClassVar[tuple[int, int]] = (2, 16)
 
     def propose(self, rng: random.Random) -> tuple[str, dict[str, Any]]:
         """The larger number stands first."""
@@ -29,33 +31,21 @@ class Times(Procedural):
         return f"times {a}*{b}", {"a": a, "b": b, "answer": _reversed(a * b)}
 
     def written(self, problem: Problem) -> str:
-        """Long multiplication, one row a digit."""
-        a, b = _reversed(problem.data["a"]), _reversed(problem.data["b"])
-        lines, done, held = [f"{a}*{b}"], "", "0" * (len(a) + 1)
+        """Long multiplication, a product and a sum for each digit, in one go each."""
+        first, a, b = problem.data["a"], _reversed(problem.data["a"]), _reversed(problem.data["b"])
+        lines, done, held, size = [f"{a}*{b}"], "", 0, len(a)
         for digit in b:
-            products, row = _carried([(f"{digit}*{x}", int(digit) * int(x)) for x in a])
-            lines.append(f"{digit}*{a}:{products}:{row}")
-            sums, total = _carried([(f"{p}+{q}", int(p) + int(q)) for p, q in zip(held, row, strict=True)])
-            done, held = done + total[0], total[1:]
-            lines.append(f"{sums}:{total[:-1]} {done}")
-        answer = (done + held).rstrip("0")  # the zeros before the product
+            row = int(digit) * first
+            total = _reversed(row + held).ljust(size + 1, "0")
+            done, held = done + total[0], (row + held) // 10
+            lines += [f"{digit}*{a}:{_reversed(row).ljust(size + 1, '0')}", f"{total[1:]} {done}"]
+        answer = (done + _reversed(held)).rstrip("0")  # the zeros before the product
         assert answer == problem.data["answer"]
         return "\n".join([*lines, f"ans {answer}"])
 
     def right(self, problem: Problem, answer: str) -> bool:
         """Whether it is the product."""
         return answer == problem.data["answer"]
-
-
-def _carried(terms: list[tuple[str, int]]) -> tuple[str, str]:
-    """(each term with its carry and the two digits of the sum, the digits least first with the last carry)."""
-    shown, digits, carry = [], "", 0
-    for text, value in terms:
-        total = value + carry
-        shown.append(f"{text}+{carry}={total:02d}")
-        digits += str(total % 10)
-        carry = total // 10
-    return ",".join(shown), digits + str(carry)
 
 
 def _reversed(number: int) -> str:
