@@ -1,27 +1,19 @@
 """decode in plain PyTorch: an exact softmax over the live slots of each head.
 
-A row's pages are copied together and multiplied page by page, so that a layer takes few calls and PyTorch's threads
-share all of its heads.
+All pages of all rows are copied together and multiplied page by page, and each head's are added up, so that a layer
+takes few calls however many rows there are.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from sparsekv.ops.layout import LayerPages
 
 
-def page_table(layer: LayerPages, row: int, lengths: list[int]) -> tuple[Tensor, list[int]]:
-    """The pages of a row's heads, one head after the other, int32 [N], and how many each head has.
-
-    lengths: the slots that each head has in use."""
-    counts = [-(-length // layer.page_size) for length in lengths]
-    return torch.cat([layer.pages[row, head, :count] for head, count in enumerate(counts)]), counts
-
-
 def gather_slots(layer: LayerPages, row: int, lengths: list[int]) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each head of a row in slot order: two [length, D] a head."""
-    table, counts = page_table(layer, row, lengths)
+    counts = [-(-length // layer.page_size) for length in lengths]
+    table = torch.cat([layer.pages[row, head, :count] for head, count in enumerate(counts)])
     keys, values = (layer.kv[:, i].index_select(0, table).split(counts) for i in (0, 1))
     return [
         (k.flatten(0, 1)[:length], v.flatten(0, 1)[:length]) for k, v, length in zip(keys, values, lengths, strict=True)
@@ -39,25 +31,31 @@ def decode(
     """See api.decode. A head that holds nothing sums over nothing: its output is 0 and its log-sum-exp -inf."""
     heads, size = layer.lengths.shape[1], layer.page_size
     work = torch.promote_types(q.dtype, torch.float32)
-    grouped = (q.to(work) * scale).unflatten(1, (heads, 1, -1))
-    lengths = layer.lengths.tolist()
-    held = [lengths[row] if row >= 0 else [0] * heads for row in rows.tolist()]
-    out, lse = [], []
-    for b, row in enumerate(rows.tolist()):
-        table, counts = page_table(layer, row, held[b])
-        query = torch.cat([x.expand(count, -1, -1) for x, count in zip(grouped[b], counts, strict=True)])
-        keys, values = layer.kv.index_select(0, table).to(work).unbind(1)  # [N, C, D] each
-        for part, length in zip(values.split(counts), held[b], strict=True):
-            if length % size:
-                part[-1, length % size :] = 0  # not in use: anything may lie there
-        scores = pad_sequence(list(torch.bmm(query, keys.mT).split(counts)), batch_first=True)  # [H, pages, G, C]
-        scores = scores.transpose(1, 2).flatten(2)
-        for h, length in enumerate(held[b]):
-            scores[h, :, length:] = -torch.inf
-        weight = scores.softmax(-1)
-        by_page = weight.unflatten(2, (max(counts), size)).transpose(1, 2)
-        by_page = torch.cat([x[:count] for x, count in zip(by_page, counts, strict=True)])
-        out += [x.sum(0) for x in torch.bmm(by_page, values).split(counts)]
-        if with_lse:
-            lse.append(scores.logsumexp(-1))
-    return torch.cat(out).view(q.shape).to(q.dtype), torch.cat(lse).view(q.shape[:2]) if with_lse else None
+    grouped = (q.to(work) * scale).contiguous().view(len(rows) * heads, -1, q.shape[-1])  # [B * H, G, D]
+    held = layer.lengths[rows.long()].masked_fill(rows[:, None] < 0, 0).flatten()
+    owner, number, table = _pages_of(layer, rows, held)
+    keys, values = layer.kv.index_select(0, table).to(work).unbind(1)  # [N, C, D] each
+    unused = number[:, None] * size + torch.arange(size, device=q.device) >= held[owner, None]  # [N, C]
+    partly = unused.any(1).nonzero()[:, 0]
+    values[partly] = values[partly].masked_fill(unused[partly, :, None], 0)  # anything may lie there
+    scores = torch.bmm(grouped[owner], keys.mT).masked_fill(unused[:, None], -torch.inf)  # [N, G, C]
+    to = owner[:, None].expand(-1, grouped.shape[1])
+    nothing = grouped.new_full(grouped.shape[:2], -torch.inf)
+    most = nothing.scatter_reduce(0, to, scores.amax(-1), "amax")
+    weight = (scores - most[owner, :, None]).exp()
+    total = torch.zeros_like(most).index_add(0, owner, weight.sum(-1))
+    out = torch.zeros_like(grouped).index_add(0, owner, torch.bmm(weight, values))
+    out = out / total.masked_fill(total == 0, 1)[..., None]
+    lse = (most + total.log()).view(q.shape[:2]) if with_lse else None
+    return out.view(q.shape).to(q.dtype), lse
+
+
+def _pages_of(layer: LayerPages, rows: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the N pages in use by rows: int64 [N] which of the B * H heads each belongs to, int64 [N] its number
+    within that head, and int32 [N] its place in the pool. held: int32 [B * H]."""
+    counts = (held + layer.page_size - 1) // layer.page_size
+    owner = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    first = counts.cumsum(0) - counts
+    number = torch.arange(len(owner), device=owner.device) - first[owner]
+    row, head = rows.long()[owner // layer.lengths.shape[1]], owner % layer.lengths.shape[1]
+    return owner, number, layer.pages[row, head, number]
