@@ -29,6 +29,14 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     assert text.endswith(f"\n{END}\nafter\n")
 
 
+def test_the_published_table_is_that_of_the_results(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    published, page = root / "docs/serve.md", tmp_path / "page.md"
+    page.write_text(published.read_text())
+    assert main([str(root / "benchmarks/results/serve-http-cpu.jsonl"), str(page)]) == 0
+    assert page.read_text() == published.read_text()
+
+
 def test_aims() -> None:
     assert [line[-1] for line in verdicts(ROWS)] == ["met", "missed"]
     assert [line[-1] for line in verdicts([ROWS[1] | {"http_cost": 0.06}, ROWS[2] | {"of_peak": 0.9}])] == [

@@ -57,9 +57,9 @@ def verdicts(rows: list[Row]) -> list[tuple[str, str, str, str]]:
 
 
 def _machine(rows: list[Row]) -> list[str]:
-    first = rows[0]
+    first, commits = rows[0], ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
     about = (
-        f"{first['shape'] or 'smollm2-135m'}, {first['hardware']}, torch {first['torch']}, commit {first['commit']}, "
+        f"{first['shape'] or 'smollm2-135m'}, {first['hardware']}, torch {first['torch']}, commit {commits}, "
         f"seed {first['seed']}: prompts of {_range(first['prompt'])} tokens, answers of {_range(first['output'])}, "
         f"{first['rows']} streams at once, {first['memory'] >> 20} MiB for keys and values at every ratio."
     )
