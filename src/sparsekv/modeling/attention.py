@@ -68,6 +68,8 @@ def sparse_attention(
             "this model is attached to sparsekv and got a cache that is not ours: "
             "pass past_key_values=sparsekv.SparseCache(model), or detach(model) first"
         )
+    if attention_mask is not None:  # longer where checkpointed training took the cache away from a decode step
+        attention_mask = attention_mask[:, -query.shape[2] :]
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, RoPE leaves them in float32
     documents = (
         kwargs["documents"]

@@ -106,7 +106,8 @@ def test_the_integral_is_that_of_a_fine_grid(
 ) -> None:
     one, other = made(a), made(b)
     found = margin(one, other, axis)
-    assume(found.value is not None)
+    if found.value is None:
+        return  # half of all pairs share no stretch
     low, high = max(one.budget[0], other.budget[0]), min(one.budget[-1], other.budget[-1])
     grid = np.geomspace(low, high, 20001) if axis == "log" else np.linspace(low, high, 20001)
     gap = one.at(grid, axis) - other.at(grid, axis)
