@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from sparsekv.studies.workers import Line
+from sparsekv.json_lines import Line
 
 
 def made(value: int) -> list[Line]:

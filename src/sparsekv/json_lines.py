@@ -26,6 +26,11 @@ def parsed(text: str, *, name: Path) -> list[Line]:
         raise ValueError(f"{name} is no file of JSON lines") from None
 
 
+def whole(text: str) -> str:
+    """Without a last line that has no end: a kill has cut it, or another process is writing it."""
+    return text[: text.rfind("\n") + 1]
+
+
 def append(results: Path, lines: Sequence[Line]) -> None:
     """Write lines at once."""
     results.parent.mkdir(parents=True, exist_ok=True)

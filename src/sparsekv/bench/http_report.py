@@ -6,12 +6,11 @@ markers `serve-http` is rewritten.
 
 import sys
 from itertools import groupby
-from typing import Any
 
+from sparsekv.json_lines import Line
 from sparsekv.markdown import rewrite, table
 
 BLOCK = "serve-http"
-Row = dict[str, Any]
 
 LOADS = {
     "direct": "all at once, no HTTP",
@@ -34,14 +33,14 @@ def main(arguments: list[str]) -> int:
     )
 
 
-def make(rows: list[Row]) -> str:
+def make(rows: list[Line]) -> str:
     """A table a machine, and what it was to reach."""
     return "\n\n".join(
         part for _, own in groupby(rows, key=lambda row: row["hardware"]) for part in _machine(list(own))
     )
 
 
-def verdicts(rows: list[Row]) -> list[tuple[str, str, str, str]]:
+def verdicts(rows: list[Line]) -> list[tuple[str, str, str, str]]:
     """(what, aimed at, measured, 'met' or 'missed'), of each ratio."""
     found = []
     for row in rows:
@@ -56,7 +55,7 @@ def verdicts(rows: list[Row]) -> list[tuple[str, str, str, str]]:
     return found
 
 
-def _machine(rows: list[Row]) -> list[str]:
+def _machine(rows: list[Line]) -> list[str]:
     first, commits = rows[0], ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
     about = (
         f"{first['shape'] or 'smollm2-135m'}, {first['hardware']}, torch {first['torch']}, commit {commits}, "
@@ -71,14 +70,14 @@ def _machine(rows: list[Row]) -> list[str]:
     return [about, table(head, lines), table(("aim", "aimed at", "measured", ""), verdicts(rows))]
 
 
-def _times(row: Row) -> tuple[str, str]:
+def _times(row: Line) -> tuple[str, str]:
     if "first_ms_p50" not in row:
         return "-", "-"
     first, gap = (f"{row[f'{name}_ms_p50']:.0f} ({row[f'{name}_ms_p99']:.0f})" for name in ("first", "gap"))
     return first, gap
 
 
-def _refused(row: Row) -> str:
+def _refused(row: Line) -> str:
     return f"{row['refused']} of {row['requests_sent']}" if "refused" in row else "-"
 
 

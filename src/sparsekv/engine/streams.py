@@ -291,6 +291,8 @@ def _serve(streams: "weakref.ref[Streams]", jobs: "SimpleQueue[Job | None]", dev
 @atexit.register
 def _end_threads() -> None:
     """Python stops daemon threads wherever they are, and one that is inside PyTorch then aborts the whole process."""
-    for thread, jobs in list(_RUNNING.items()):
+    running = list(_RUNNING.items())
+    for _, jobs in running:
         jobs.put(None)
+    for thread, _ in running:
         thread.join(_LAST_STEP_S)

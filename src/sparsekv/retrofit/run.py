@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsekv.evals.calibrate import fill_table
 from sparsekv.evals.corpus import Corpus, other_documents
 from sparsekv.evals.evaluate import Point, Score, describe, evaluate
+from sparsekv.json_lines import read_lines
 from sparsekv.modeling.adapter import CONFIG_FILE, read_adapter
 from sparsekv.modeling.attach import attach
 from sparsekv.modeling.load import load_model, load_tokenizer
@@ -197,7 +198,7 @@ def _train(documents: list[Documents], config: RetrofitConfig, *, say: Say) -> N
     weights = train(model, rows, config, teacher=teacher, progress=PartialState().is_main_process)
     if not PartialState().is_main_process:
         return
-    steps = [json.loads(line) for line in (Path(config.output) / METRICS_FILE).read_text().splitlines()]
+    steps = read_lines(Path(config.output) / METRICS_FILE)
     made = adapter_config(
         model,
         config,

@@ -6,7 +6,6 @@ goes on from its last checkpoint.
 """
 
 import gc
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -66,7 +65,7 @@ def _lines(run: Run, base: Run, out: Path, say: Say) -> list[dict[str, Any]]:
         retrofit.run(config, say=say)
     trained = time.monotonic() - started
     scores, about = _measure(run, base, folder, say)
-    steps = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    steps = read_lines(folder / METRICS_FILE)
     _free()
     shared = {
         "run": run.name,

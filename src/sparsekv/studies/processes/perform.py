@@ -19,7 +19,7 @@ import yaml
 
 from sparsekv.bench.launch import command_of, last_words, start
 from sparsekv.bench.timing import median
-from sparsekv.json_lines import append, read_lines
+from sparsekv.json_lines import append, parsed, read_lines, whole
 from sparsekv.modeling.adapter import read_adapter
 from sparsekv.retrofit.checkpoint import newest
 from sparsekv.retrofit.config import load_config, parse_config, save_config
@@ -160,5 +160,4 @@ def _measured(run: Run, output: Path) -> Line:
 def _metrics(output: Path) -> list[Line]:
     """Whole lines; a killed process may have left half a one."""
     path = output / METRICS_FILE
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return parsed(whole(path.read_text(encoding="utf-8")), name=path) if path.exists() else []

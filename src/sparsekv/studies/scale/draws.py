@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekv.json_lines import Line, append, parsed
+from sparsekv.json_lines import Line, append, parsed, whole
 from sparsekv.studies.scale.cells import Cell
 
 FOLDER = "draws"
@@ -47,8 +47,7 @@ class Draws:
         append(self.path, lines)
 
     def _whole(self) -> str:
-        text = self.path.read_text(encoding="utf-8")
-        return text[: text.rfind("\n") + 1]
+        return whole(self.path.read_text(encoding="utf-8"))
 
 
 def check(header: Line, wanted: Line, *, out: Path) -> None:
