@@ -191,7 +191,9 @@ def test_what_the_demo_claims_on_the_embedded_model(run, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "GENERATE", 16)
     outcome = run("demo", "--out", tmp_path / "demo", "--json")
     assert outcome.code == 0
-    assert outcome.err.strip().splitlines()[-1].startswith("serve it: sparsekv serve smollm2-135m --adapter ")
+    study, serve = outcome.err.strip().splitlines()[-2:]
+    assert study.startswith("repeat the study of longer thinking: sparsekv scale studies/reasoning.yaml")
+    assert serve.startswith("serve it: sparsekv serve smollm2-135m --adapter ")
     results = json.loads(outcome.out)
     assert results == json.loads((tmp_path / "demo" / "results.json").read_text())
     for name in ("cache.png", "inspect.html", "config.yaml"):

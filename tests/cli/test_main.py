@@ -34,6 +34,11 @@ def test_each_command_explains_itself(run, name):
     assert f"sparsekv {name}" in outcome.out
 
 
+def test_as_a_module():
+    found = subprocess.run([sys.executable, "-m", "sparsekv", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == __version__
+
+
 def test_version(run):
     assert run("--version").out.strip() == __version__
 

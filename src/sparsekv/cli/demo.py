@@ -25,6 +25,7 @@ METHODS = (("dense", 1.0), ("dms", 2.0), ("dms", 4.0), ("random", 4.0), ("stream
 PAGE_RATIO = 4.0
 """The ratio of the page that shows what was forgotten."""
 CONTEXT, CONTINUATION, GENERATE = 2048, 256, 96
+STUDY = "studies/reasoning.yaml"
 README_PICTURE = "docs/img/demo.png"
 """Where the README's picture lies, from the README's folder."""
 
@@ -65,6 +66,7 @@ def command(
     else:
         Console().print(table(results))
     notes.print(f"wrote results.json, cache.png and inspect.html to {out}", highlight=False)
+    notes.print(f"repeat the study of longer thinking: sparsekv scale {STUDY}", highlight=False)
     notes.print(f"serve it: sparsekv serve {MODEL} --adapter {adapter} --cr 4", highlight=False, soft_wrap=True)
     if readme is not None:
         picture = readme.parent / README_PICTURE

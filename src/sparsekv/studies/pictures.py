@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,21 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], file: Path) -> None:
-    """The panels side by side, as PNG."""
+    """The panels, two in a row, as PNG of few colours: a quarter of the size."""
     from matplotlib.figure import Figure  # no pyplot: it would pick a window system
+    from PIL import Image
 
-    figure = Figure(figsize=(5.4 * len(panels), 4.2), dpi=120, layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _panel(axes, panel)
+    columns, rows = min(2, len(panels)), -(-len(panels) // 2)
+    figure = Figure(figsize=(5.4 * columns, 4.2 * rows), dpi=120, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for each, panel in zip(axes, panels, strict=False):
+        _panel(each, panel)
+    for empty in axes[len(panels) :]:
+        empty.set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, metadata={"Software": None})
+    whole = BytesIO()
+    figure.savefig(whole)
+    Image.open(whole).convert("RGB").quantize(64).save(file, optimize=True)
 
 
 def _panel(axes: Any, panel: Panel) -> None:
@@ -73,13 +81,22 @@ def _panel(axes: Any, panel: Panel) -> None:
 
 
 def _names(axes: Any, ends: list[tuple[float, float, str, str, bool]]) -> None:
-    """Beside the last points, moved apart where they would touch."""
+    """Beside the last points; where two would touch, the one nearer to the middle gives way."""
     low, high = axes.get_ylim()
-    least, last = (high - low) / 18, -float("inf")
-    for y, x, name, colour, bold in sorted(ends):
-        at = max(y, last + least)
-        last = at
+    middle, apart = (low + high) / 2, (high - low) / 18
+    placed: list[tuple[float, float]] = []
+    for y, x, name, colour, bold in sorted(ends, key=lambda end: -abs(end[0] - middle)):
+        at = y
+        while any(abs(at - other) < apart and _near(axes, x, beside) for other, beside in placed):
+            at += apart if y < middle else -apart
+        placed.append((at, x))
         axes.annotate(
             name, (x, at), xytext=(8, 0), textcoords="offset points", va="center", color=colour, fontsize=9,
             fontweight="bold" if bold else "normal", annotation_clip=False,
         )  # fmt: skip
+
+
+def _near(axes: Any, a: float, b: float) -> bool:
+    """Whether two points are within a sixth of the width of each other."""
+    left, right = (axes.transData.transform((x, 0))[0] for x in (a, b))
+    return abs(left - right) < axes.bbox.width / 6

@@ -11,15 +11,17 @@ from sparsekv.retrofit.config import load_config
 from sparsekv.studies.reasoning.config import load
 
 ROOT = Path(__file__).parents[3]
-STUDIES = [ROOT / "studies/reasoning.yaml", *sorted((ROOT / "studies/paper").glob("*/*.yaml"))]
+OWN = (ROOT / "studies/reasoning.yaml", ROOT / "studies/reasoning-kinds.yaml")
+STUDIES = [*OWN, *sorted((ROOT / "studies/paper").glob("*/*.yaml"))]
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_studies(path: Path):
     study = yaml_file.read(path)
     assert [tasks.get(name).name for name in study["tasks"]] == study["tasks"]
-    assert all(describe(name) for name in study["policies"])
-    assert len(STUDIES) == 16
+    own = study["policies"]
+    assert all(describe((own[name] or {}).get("policy", name) if isinstance(own, dict) else name) for name in own)
+    assert len(STUDIES) == 17
 
 
 def test_the_studied_tasks_are_trained_on():
@@ -36,5 +38,9 @@ def test_retrofits(kind: str):
     study = yaml_file.read(ROOT / "studies/reasoning.yaml")
     assert config.trainable == kind
     assert config.model == study["model"]
-    assert (config.output == study["adapter"]) is (kind == "heads")
+    assert (config.output == study["adapter"]) is (kind == "all")
+    if kind == "all":
+        assert study["policies"]["dms"]["model"] == f"{config.output}/model"
+    compared = yaml_file.read(ROOT / "studies/reasoning-kinds.yaml")["policies"][f"dms-{kind}"]
+    assert config.output == compared["adapter"]
     assert config.length >= load(ROOT / "studies/reasoning-model.yaml", overrides=[]).length

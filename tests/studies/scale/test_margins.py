@@ -65,6 +65,17 @@ def test_nothing_right_is_no_margin() -> None:
     assert {c.margin for c in found} == {None}
 
 
+def test_hardly_ever_right_has_an_interval_too() -> None:
+    """Most resamples lack a problem of the two that are right."""
+    hardly, most = np.zeros((30, 1, 2)), np.full((30, 1, 2), [0.7, 0.9])
+    hardly[7] = hardly[3, 0, 1] = 1
+    found = compare([made("dense", hardly, [[1, 2]]), made("ours", most, [[1, 3]])], budgets=["reads"], resamples=200)
+    margin = of(found, method="ours", over="dense", task="a", axis="linear")
+    assert margin.margin == pytest.approx(0.75 - 0.05)
+    assert margin.low is not None and margin.high is not None
+    assert margin.low < margin.margin < margin.high <= 0.75
+
+
 def test_problems_that_one_method_lacks_are_left_out() -> None:
     base = np.array([[[0.2, 0.4]], [[0.2, 0.4]], [[1.0, 1.0]]])
     found = compare([made("dense", base[:2], [[1, 2]]), made("ours", base, [[1, 2]])], budgets=["reads"], resamples=5)

@@ -113,7 +113,7 @@ def test_the_report_is_whole(write: Write, whole: Path, tmp_path: Path) -> None:
     html = (out / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 4
     assert "http" not in html.replace("http-equiv", "")
-    assert (tmp_path / "img" / "hyperscaling-reads.png").stat().st_size > 5000
+    assert (tmp_path / "img" / "page-reads.png").stat().st_size > 5000
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| tova - dense | mean over voted tasks |" in text

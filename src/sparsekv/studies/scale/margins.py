@@ -1,7 +1,7 @@
 """Margins of every method over every other, by task and in the mean over tasks, with 95 % intervals.
 
-Problems are resampled RESAMPLES times, the same ones for all methods of a task, and fronts and margins made anew. A
-method's front is over all its ratios, W and L.
+Problems are resampled RESAMPLES times, the same ones for all methods of a task, and fronts and margins made anew, over
+the budgets that the fronts of all problems share. A method's front is over all its ratios, W and L.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekv.studies.scale.pareto import Axis, Front, front, margin
+from sparsekv.studies.scale.pareto import Axis, Front, Margin, front, margin, shared
 from sparsekv.studies.scale.tables import BUDGETS, Table
 
 RESAMPLES = 500
@@ -58,7 +58,7 @@ def compare(
         for axis in AXES:
             for method, over in permutations(methods, 2):
                 rows = {
-                    task: [margin(a, b, axis) for a, b in zip(own[method], own[over], strict=True)]
+                    task: _resampled(own[method], own[over], axis)
                     for task, own in fronts.items()
                     if method in own and over in own
                 }
@@ -68,6 +68,14 @@ def compare(
                     if tasks:
                         found.append(_compared([rows[task] for task in tasks], task=name, **about))
     return found
+
+
+def _resampled(a: Sequence[Front], b: Sequence[Front], axis: Axis) -> list[Margin]:
+    """Of all problems, then of each resample over the same budgets; empty where the fronts share none."""
+    stretch = shared(a[0], b[0])
+    if stretch is None:
+        return []
+    return [margin(x, y, axis, stretch=stretch) for x, y in zip(a, b, strict=True)]
 
 
 def _fronts(own: Sequence[Table], budget: str, resamples: int) -> dict[str, list[Front]]:
@@ -82,8 +90,9 @@ def _fronts(own: Sequence[Table], budget: str, resamples: int) -> dict[str, list
     for method in dict.fromkeys(table.cell.method.name for table in own):
         points = [_points(table, shared, budget) for table in own if table.cell.method.name == method]
         cost, accuracy = (weights @ np.concatenate(part, axis=1) for part in zip(*points, strict=True))
-        right = accuracy[0] > 0  # of all problems: the points are the same in each resample
-        out[method] = [front(x[right], y[right]) for x, y in zip(cost, accuracy, strict=True)]
+        # of all problems: in a resample without the one that was right a point counts, with nothing right
+        right = accuracy[0] > 0
+        out[method] = [front(x[right], y[right], above=-1.0) for x, y in zip(cost, accuracy, strict=True)]
     return out
 
 
@@ -93,15 +102,12 @@ def _points(table: Table, shared: Sequence[str], budget: str) -> tuple[Floats, F
     return table.costs[budget][at].reshape(len(at), -1), table.accuracy[at].reshape(len(at), -1)
 
 
-def _compared(rows: Sequence[Sequence[Any]], **about: str) -> Compared:
-    """rows: by task, the margins of all problems and of each resample. Tasks without a margin are left out."""
-    rows = [row for row in rows if row[0].value is not None]
+def _compared(rows: Sequence[Sequence[Margin]], **about: str) -> Compared:
+    """rows: by task, as _resampled gives them. Tasks without a margin are left out."""
+    rows = [row for row in rows if row]
     if not rows:
         return Compared(**about, margin=None, low=None, high=None, doublings=0.0, tasks=0)
-    values = np.array([[np.nan if m.value is None else m.value for m in row] for row in rows])
-    means = values.mean(0)
-    resampled = means[1:][~np.isnan(means[1:])]
-    enough = len(resampled) > 0.9 * (len(means) - 1)
-    low, high = np.quantile(resampled, [0.025, 0.975]).tolist() if enough and len(resampled) else (None, None)
+    means = np.array([[m.value for m in row] for row in rows]).mean(0)
+    low, high = np.quantile(means[1:], [0.025, 0.975]).tolist()
     doublings = min(row[0].doublings for row in rows)
     return Compared(**about, margin=float(means[0]), low=low, high=high, doublings=doublings, tasks=len(rows))

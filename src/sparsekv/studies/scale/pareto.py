@@ -45,23 +45,30 @@ class Margin:
     """How many doublings of the budget they share."""
 
 
-def front(budget: ArrayLike, accuracy: ArrayLike) -> Front:
-    """Of points with budgets above 0, in any order and shape."""
+def front(budget: ArrayLike, accuracy: ArrayLike, *, above: float = 0.0) -> Front:
+    """Of points with budgets above 0, in any order and shape. above: the accuracy that a point must exceed."""
     x, y = np.asarray(budget, dtype=np.float64).ravel(), np.asarray(accuracy, dtype=np.float64).ravel()
     assert len(x) == len(y) and (x[y > 0] > 0).all()
     order = np.lexsort((-y, x))
-    best = np.maximum.accumulate(np.concatenate([[0.0], y[order]]))
+    best = np.maximum.accumulate(np.concatenate([[above], y[order]]))
     kept = order[y[order] > best[:-1]]
     return Front(budget=x[kept], accuracy=y[kept], points=kept)
 
 
-def margin(a: Front, b: Front, axis: Axis = "linear") -> Margin:
-    """Of a over b."""
+def shared(a: Front, b: Front) -> tuple[float, float] | None:
+    """The stretch of budgets that both cover; None where there is none."""
     if not len(a.budget) or not len(b.budget):
-        return Margin(value=None, doublings=0.0)
+        return None
     low, high = max(a.budget[0], b.budget[0]), min(a.budget[-1], b.budget[-1])
-    if high <= low:
+    return (float(low), float(high)) if high > low else None
+
+
+def margin(a: Front, b: Front, axis: Axis = "linear", *, stretch: tuple[float, float] | None = None) -> Margin:
+    """Of a over b. stretch: of budgets, instead of the one that they share."""
+    stretch = shared(a, b) if stretch is None else stretch
+    if stretch is None:
         return Margin(value=None, doublings=0.0)
+    low, high = stretch
     inner = np.concatenate([a.budget, b.budget])
     x = np.unique(np.concatenate([[low, high], inner[(inner > low) & (inner < high)]]))
     gap, width = a.at(x, axis) - b.at(x, axis), np.diff(_scaled(x, axis))

@@ -99,10 +99,10 @@ def _html_section(part: Section) -> str:
 
 def _markdown(parts: Sequence[Section], page: Path, *, origin: str) -> str:
     out = [origin]
-    for part in parts:
+    for part in (each for each in parts if not each.detail):
         out += [f"## {part.title}", part.text]
         if part.picture is not None:
-            copy = page.parent / "img" / f"{BLOCK}-{part.picture.name}"
+            copy = page.parent / "img" / f"{page.stem}-{part.picture.name}"
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(part.picture.read_bytes())
             out.append(f"![{part.title}]({Path(os.path.relpath(copy, page.parent)).as_posix()})")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsekv.studies.pictures import Curve, Panel, draw
+from sparsekv.studies.scale.aims import HEAD, verdicts
 from sparsekv.studies.scale.cells import DENSE
 from sparsekv.studies.scale.margins import ALL, VOTED, Compared
 from sparsekv.studies.scale.pareto import front
@@ -23,6 +24,8 @@ class Section:
     """A heading, a paragraph, and a table or a picture."""
 
     title: str
+    detail: bool = False
+    """Whether only the HTML page has it."""
     text: str = ""
     head: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
@@ -46,16 +49,24 @@ class Configuration:
 def sections(study: Study, made: Sequence[Table], compared: Sequence[Compared], folder: Path) -> list[Section]:
     """In reading order; the pictures are drawn into `folder`."""
     tasks = list(dict.fromkeys(table.cell.task for table in made))
-    found = [
+    aims = Section(
+        title="What was aimed at",
+        text="Fronts over all ratios, W and L, compared over the budgets that both cover.",
+        head=HEAD,
+        rows=verdicts(compared),
+    )
+    found = [aims] if aims.rows else []
+    found += [
         Section(
             title=f"Accuracy at equal {BUDGETS[budget]}",
+            detail=budget == "peak_bytes",
             text="Each method's front over all its ratios, W and L; points that get nothing right are left out.",
             picture=_picture(study, made, tasks, budget, folder / f"{budget}.png"),
         )
         for budget in SHOWN
     ]
-    found += _margins(compared, tasks)
     found.append(_one_chain(study, made))
+    found += _margins(compared, tasks)
     found += [_best(study, made, task, budget) for task in tasks for budget in ("reads", "peak_tokens")]
     return found
 
@@ -121,6 +132,7 @@ def _margins(compared: Sequence[Compared], tasks: Sequence[str]) -> list[Section
             found.append(
                 Section(
                     title=f"{title}, {axis} budget axis",
+                    detail=axis == "log",
                     text="Points of accuracy at equal budgets (95 % interval over problems) [doublings of the budget "
                     "that both cover, the least of the tasks]; a dash where they share none.",
                     head=["method - other", "task", *(BUDGETS[b] for b in SHOWN)],
@@ -184,6 +196,7 @@ def _best(study: Study, made: Sequence[Table], task: str, budget: str) -> Sectio
             rows.append([f"{limit / unit:.3g}", *(str(p[-1]) if p else "-" for p in affordable.values())])
     return Section(
         title=f"Best on {task} at each budget of {BUDGETS[budget]}",
+        detail=True,
         text="W-L and the method at its ratio: right answers.",
         head=[SHOWN[budget][1], *fronts],
         rows=rows,
