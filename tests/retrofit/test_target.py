@@ -1,5 +1,7 @@
 """What each step aims at, by hand."""
 
+import math
+
 import pytest
 
 from sparsekv.retrofit.config import parse_config
@@ -15,14 +17,14 @@ def test_the_ratio_rises_and_is_held() -> None:
     assert all(step_target(config, step) == (target, None) for step, target in targets.items())
 
 
-def test_a_held_fraction_is_drawn_evenly_and_by_seed_and_step_alone() -> None:
+def test_each_octave_of_held_ratios_is_drawn_as_often_and_by_seed_and_step_alone() -> None:
     config = parse_config({**BASE, "hold_steps": 400, "hold": "random"})
     assert step_target(config, 700) == (0.875, None)
     drawn = [step_target(config, step) for step in range(701, 1101)]
     assert {full for _, full in drawn} == {0.875}
-    shares = sorted(target / 0.875 for target, _ in drawn)
-    assert shares[0] >= 0 and shares[-1] < 1
-    assert max(abs(share - i / 400) for i, share in enumerate(shares)) < 0.1
+    octaves = sorted(-math.log2(1 - target) for target, _ in drawn)
+    assert octaves[0] >= 0 and octaves[-1] < 3
+    assert max(abs(octave / 3 - i / 400) for i, octave in enumerate(octaves)) < 0.1
     assert drawn[5] == step_target(config, 706)
     assert drawn[5] != step_target(parse_config({**BASE, "hold_steps": 400, "hold": "random", "seed": 1}), 706)
 

@@ -101,7 +101,7 @@ class RetrofitConfig:
     hold_steps: int = 0
     """Steps after the schedule has reached max_cr."""
     hold: str = "max"
-    """Their target. max: max_cr; random: a fraction of marks drawn anew for each step, the logits shifted to it."""
+    """Their target. max: max_cr; random: a ratio drawn for each step, every octave as often, the logits shifted to it."""
     decay_steps: int = 0
     """Steps over which the learning rates fall to nothing, the last of the run."""
     max_steps: int | None = None

@@ -8,14 +8,14 @@ from sparsekv.retrofit.config import RetrofitConfig
 
 def step_target(config: RetrofitConfig, step: int) -> tuple[float, float | None]:
     """(the fraction of marks to reach at a step, counted from 1; None, or the fraction that the unshifted logits are
-    trained to where the step's own is drawn evenly below it and the logits are shifted to give that)."""
+    trained to where the step's own ratio is drawn below it, each octave as often, and the logits are shifted to it)."""
     ratio = dms.compression_ratio(
         max(step - config.fade_steps, 0), steps_per_cr=config.steps_per_cr, max_cr=config.max_cr
     )
     full = dms.target_fraction(ratio)
     if config.hold == "max" or step <= config.steps_to(config.max_cr):
         return full, None
-    return full * np.random.default_rng((config.seed, step)).random(), full
+    return dms.target_fraction(ratio ** np.random.default_rng((config.seed, step)).random()), full
 
 
 def channel_kept(config: RetrofitConfig, step: int) -> float | None:

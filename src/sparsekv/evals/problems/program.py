@@ -1,6 +1,6 @@
-"""Shuffled assignments modulo 100, one variable asked for: looked up and evaluated depth first. Voted.
+"""Shuffled assignments modulo 1000, one variable asked for: looked up and evaluated depth first. Voted.
 
-    program / c=a-b / a=41 / b=7 / c?   ->   c=a-b / a=41 / b=7 / c=41-7=34 / ans 34
+    program / c=a-b / a=412 / b=77 / c?   ->   c=a-b / a=412 / b=77 / c=412-77=335 / ans 335
 
 Difficulty: lines at most, of which there are three quarters or more. A chain has to find each line in the prompt and
 each value in itself, at any distance.
@@ -14,6 +14,7 @@ from sparsekv.evals.problems.base import Problem
 from sparsekv.evals.problems.procedural import Procedural
 
 NAMES = [chr(c) for c in (*range(97, 123), *range(65, 91))] + [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+MODULUS = 1000
 _REUSED = 0.2
 """How often an operand is any earlier variable, and not one that nothing reads yet."""
 _ASKED = 0.75
@@ -75,7 +76,7 @@ def evaluate(lines: list[str], asked: str) -> Trace:
             sign = "+" if "+" in definition else "-"
             left, right = definition.split(sign)
             a, b = visit(left), visit(right)
-            value = (a + b if sign == "+" else a - b) % 100
+            value = (a + b if sign == "+" else a - b) % MODULUS
             trace.lines.append(f"{name}={a}{sign}{b}={value}")
         trace.values[name] = value
         return value
@@ -89,7 +90,7 @@ def _assignments(rng: random.Random, names: list[str], *, leaves: int) -> list[s
     unread: list[str] = []
     for i, name in enumerate(names):
         if i < leaves:
-            lines.append(f"{name}={rng.randrange(100)}")
+            lines.append(f"{name}={rng.randrange(MODULUS)}")
         else:
             picked: list[str] = []
             for _ in range(2):
