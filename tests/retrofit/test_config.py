@@ -48,6 +48,9 @@ def test_overrides_win_and_reach_inside(tmp_path: Path) -> None:
         ("window=0", "window is 0; it counts the current token"),
         ("window=64.5", "window is 64.5; it is a whole number"),
         ("window=1024", "length is 2048 and window 1024"),
+        ("pieces=[]", "pieces is empty"),
+        ("pieces=[3]", "pieces has 3; it must divide the length, 2048, into texts of more than twice the window"),
+        ("pieces=[1, 16]", "pieces has 16"),
         ("lag=2", "lag is 2; it is 0, 1 or the window"),
         ("granularity=token", "granularity is 'token'; use one of head, layer"),
         ("pull=hard", "pull is 'hard'; use one of hinge_mean, hinge_sum, hinge_text, bernoulli_kl"),
@@ -107,7 +110,7 @@ def test_missing_files_and_keys_are_named(tmp_path: Path) -> None:
 
 def test_every_committed_configuration_loads() -> None:
     folder = Path(__file__).parents[2] / "configs"
-    names = [path for path in folder.glob("*.yaml") if path.name != "ablations.yaml"]
+    names = [path for path in folder.glob("*.yaml") if not path.name.startswith("ablations")]
     assert all(load_config(path).data for path in names)
     assert len(names) >= 2
 

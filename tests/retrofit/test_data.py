@@ -55,6 +55,23 @@ def test_each_batch_holds_each_source_in_proportion(weight: float, of_four: int)
         assert texts.count(False) == of_four
 
 
+def test_rows_in_pieces_hold_whole_texts_of_each_length_in_turn() -> None:
+    sources = [documents("text", [TEXT]), documents("retrieval", [])]
+    rows = blend(sources, TOKENIZER, count=40, length=1024, seed=0, pieces=[1, 2])
+    found: Counter[tuple[bool, int]] = Counter()
+    for row in map(rows.__getitem__, range(40)):
+        ids, pieces = row["input_ids"], row["documents"]
+        texts = [ids[pieces == i] for i in range(int(pieces.max()) + 1)]
+        assert {len(text) for text in texts} == {1024 // len(texts)}
+        assert (pieces.diff() >= 0).all()
+        assert len({is_text(text) for text in texts}) == 1
+        found[is_text(texts[0]), len(texts)] += 1
+    assert found == Counter({(kind, count): 10 for kind in (True, False) for count in (1, 2)})
+    alone = blend(sources, TOKENIZER, count=40, length=1024, seed=0)
+    assert torch.equal(rows[0]["input_ids"], alone[0]["input_ids"])
+    assert "documents" not in alone[0]
+
+
 def test_items_use_many_templates_and_only_those_of_training() -> None:
     builder = ItemBuilder(CORPUS, TOKENIZER)
     seen: Counter[str] = Counter()

@@ -23,7 +23,7 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
         f"{_about(adapter)}, trained towards ratio {made['final_cr']:g}{_marked(made)}, with an offset on the logits "
         f"for every ratio from 1 to {adapter.max_cr:.3g}. {_base(adapter, config)}\n",
         "## Training\n\n"
-        f"{made['steps']} steps of {config.batch} x {config.length} tokens in {made['minutes']:g} minutes on "
+        f"{made['steps']} steps of {config.batch} x {config.length} tokens{_pieces(config)} in {made['minutes']:g} minutes on "
         f"{made['hardware']} (torch {made['torch']}); of the rows {describe_data(config.data)}, some of each text held "
         f"out. Window {config.window}, "
         f"lag {config.lag}, learning rate {config.lr:g}, seed {config.seed}, commit {made['commit']}. Everything is in "
@@ -51,6 +51,13 @@ def _offsets(adapter: AdapterConfig) -> str:
         + table(header, rows)
         + "\n"
     )
+
+
+def _pieces(config: RetrofitConfig) -> str:
+    """Where rows are not of one text each."""
+    if set(config.pieces) == {1}:
+        return ""
+    return f" (rows of {', '.join(map(str, config.pieces))} texts in turn)"
 
 
 def _marked(made: dict[str, Any]) -> str:

@@ -117,6 +117,8 @@ class RetrofitConfig:
     """Layers are computed again in the backward: less memory, a third more time."""
     length: int = 2048
     """Tokens per row of a batch."""
+    pieces: list[int] = field(default_factory=lambda: [1])
+    """Into how many texts of equal length a source's rows are cut, in turn: [1, 2], every other row into two."""
     lr: float = 3e-3
     """Of the eviction heads."""
     base_lr: float | None = None
@@ -174,6 +176,12 @@ class RetrofitConfig:
             self.length > 2 * self.window,
             f"length is {self.length} and window {self.window}: rows must be more than twice the window to learn from",
         )
+        _need(bool(self.pieces), "pieces is empty; [1] is rows of one text")
+        for count in self.pieces:
+            _need(
+                count >= 1 and self.length % count == 0 and self.length // count > 2 * self.window,
+                f"pieces has {count}; it must divide the length, {self.length}, into texts of more than twice the window",
+            )
         check_data(self.data, length=self.length)
         _need(
             self.tensor_parallel == 1 or self.trainable == "heads",

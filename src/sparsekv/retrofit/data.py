@@ -4,7 +4,7 @@ what the row holds by (seed, i), or, for a source that streams, by its place amo
 So a resumed run sees exactly the rows that an undisturbed one would have seen; a stream is read again up to there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -59,13 +59,15 @@ def blend(
     count: int,
     length: int,
     seed: int,
+    pieces: Sequence[int] = (1,),
 ) -> Blend:
-    """The blend of sources that were read (documents.read_documents), as rows of `length` tokens.
+    """The blend of sources that were read (documents.read_documents), as rows of `length` tokens. pieces: into how many
+    texts of equal length a source's rows are cut, in turn; those that pack documents are left whole.
 
     Raises ValueError for empty texts, and a chat that is longer than a row and may not be cut.
     """
     hay = [text for found in documents if found.source.kind != "retrieval" for text in found.training]
-    rows = [_rows(found, tokenizer, hay, length) for found in documents]
+    rows = [_rows(found, tokenizer, hay, length, pieces) for found in documents]
     return Blend(rows, [found.source.weight for found in documents], count=count, seed=seed)
 
 
@@ -81,14 +83,40 @@ def _schedule(weights: Sequence[float], count: int) -> tuple[np.ndarray, np.ndar
     return source, place
 
 
-def _rows(found: Documents, tokenizer: PreTrainedTokenizerBase, hay: list[str], length: int) -> Rows:
+def _rows(
+    found: Documents, tokenizer: PreTrainedTokenizerBase, hay: list[str], length: int, pieces: Sequence[int]
+) -> Rows:
     if found.source.kind == "retrieval":
-        builder = ItemBuilder(hay_of(found.training or hay, tokenizer, length), tokenizer)
-        return _Retrieval(builder, length, grammar=found.source.grammar)
+
+        def facts(length: int) -> Rows:
+            builder = ItemBuilder(hay_of(found.training or hay, tokenizer, length), tokenizer)
+            return _Retrieval(builder, length, grammar=found.source.grammar)
+
+        return _in_pieces(facts, length, pieces)
     if found.stream is not None or found.chats or found.source.kind == "self":  # which ends texts where it likes
         return _Packed(found, tokenizer, length)
     corpus = Corpus(found.training, tokenizer)
-    return _Stretches(corpus, length) if corpus.longest >= length else _Packed(found, tokenizer, length)
+    if corpus.longest < length:
+        return _Packed(found, tokenizer, length)
+    return _in_pieces(lambda length: _Stretches(corpus, length), length, pieces)
+
+
+def _in_pieces(make: Callable[[int], Rows], length: int, pieces: Sequence[int]) -> Rows:
+    return make(length) if set(pieces) == {1} else _Pieces([make(length // n) for n in pieces], pieces)
+
+
+class _Pieces:
+    """Rows of several texts end to end: row i of pieces[i % len(pieces)] rows of the source of that place."""
+
+    packed = True
+
+    def __init__(self, sources: Sequence[Rows], pieces: Sequence[int]) -> None:
+        self.sources, self.pieces = sources, pieces
+
+    def row(self, rng: np.random.Generator, number: int) -> Row:
+        place = number % len(self.pieces)
+        texts = [self.sources[place].row(rng, number)[0] for _ in range(self.pieces[place])]
+        return np.concatenate(texts), np.repeat(np.arange(len(texts)), [len(text) for text in texts])
 
 
 class _Stretches:

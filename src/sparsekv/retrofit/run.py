@@ -192,7 +192,8 @@ def _train(documents: list[Documents], config: RetrofitConfig, *, say: Say) -> N
     teacher = load_teacher(config, tokenizer)
     origin = provenance(model, config)
     say(f"Training {config.steps} steps to ratio {config.final_cr:g} on {origin['hardware']}")
-    rows = blend(documents, tokenizer, count=config.steps * config.batch, length=config.length, seed=config.seed)
+    count = config.steps * config.batch
+    rows = blend(documents, tokenizer, count=count, length=config.length, seed=config.seed, pieces=config.pieces)
     if PartialState().is_main_process:  # not before: a mistake in model or data leaves a folder that is free
         save_config(config, Path(config.output) / CONFIG_COPY)
     weights = train(model, rows, config, teacher=teacher, progress=PartialState().is_main_process)

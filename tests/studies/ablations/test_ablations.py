@@ -133,6 +133,16 @@ def test_the_committed_study_loads_and_every_run_is_shown() -> None:
     assert study.runs["immediate eviction"].config.evaluation.eviction == "mask"
 
 
+def test_the_committed_study_of_broader_data_loads_and_every_run_is_shown() -> None:
+    study = load_study(ROOT / "configs/ablations-broad.yaml")
+    assert {name for picture in study.pictures for name in picture.runs} == set(study.runs)
+    longer = {"both to 16": 180, "both twice the steps": 350}
+    for name, run in study.runs.items():
+        assert run.config.steps == longer.get(name, 175)
+        assert run.config.batch * run.config.length == 8 * 2048
+        assert "," not in name  # --only takes names with commas between
+
+
 @pytest.mark.parametrize("name", CONTROLS)
 def test_controls_keep_sizes_and_nothing_of_what_was_learnt(name: str) -> None:
     model = tiny_model(num_hidden_layers=4)
