@@ -49,7 +49,7 @@ def test_overrides_win_and_reach_inside(tmp_path: Path) -> None:
         ("window=64.5", "window is 64.5; it is a whole number"),
         ("window=1024", "length is 2048 and window 1024"),
         ("pieces=[]", "pieces is empty"),
-        ("pieces=[3]", "pieces has 3; it must divide the length, 2048, into texts of more than twice the window"),
+        ("pieces=[3]", "pieces has 3; it must divide the length, 2048, into texts of over two windows"),
         ("pieces=[1, 16]", "pieces has 16"),
         ("lag=2", "lag is 2; it is 0, 1 or the window"),
         ("granularity=token", "granularity is 'token'; use one of head, layer"),

@@ -23,9 +23,9 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
         f"{_about(adapter)}, trained towards ratio {made['final_cr']:g}{_marked(made)}, with an offset on the logits "
         f"for every ratio from 1 to {adapter.max_cr:.3g}. {_base(adapter, config)}\n",
         "## Training\n\n"
-        f"{made['steps']} steps of {config.batch} x {config.length} tokens{_pieces(config)} in {made['minutes']:g} minutes on "
-        f"{made['hardware']} (torch {made['torch']}); of the rows {describe_data(config.data)}, some of each text held "
-        f"out. Window {config.window}, "
+        f"{made['steps']} steps of {config.batch} x {config.length} tokens{_pieces(config)} in {made['minutes']:g} "
+        f"minutes on {made['hardware']} (torch {made['torch']}); of the rows {describe_data(config.data)}, some of "
+        f"each text held out. Window {config.window}, "
         f"lag {config.lag}, learning rate {config.lr:g}, seed {config.seed}, commit {made['commit']}. Everything is in "
         "`config.yaml`, every step in `metrics.jsonl`.\n",
         "## Offsets\n\n" + _offsets(adapter),

@@ -101,7 +101,7 @@ class RetrofitConfig:
     hold_steps: int = 0
     """Steps after the schedule has reached max_cr."""
     hold: str = "max"
-    """Their target. max: max_cr; random: a ratio drawn for each step, every octave as often, the logits shifted to it."""
+    """Their target. max: max_cr; random: a ratio drawn for each step, each octave as often, the logits shifted."""
     decay_steps: int = 0
     """Steps over which the learning rates fall to nothing, the last of the run."""
     max_steps: int | None = None
@@ -180,7 +180,7 @@ class RetrofitConfig:
         for count in self.pieces:
             _need(
                 count >= 1 and self.length % count == 0 and self.length // count > 2 * self.window,
-                f"pieces has {count}; it must divide the length, {self.length}, into texts of more than twice the window",
+                f"pieces has {count}; it must divide the length, {self.length}, into texts of over two windows",
             )
         check_data(self.data, length=self.length)
         _need(
