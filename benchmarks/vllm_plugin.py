@@ -2,6 +2,7 @@
 
     python benchmarks/vllm_plugin.py {dense,fp8,plugin} [--points 8x32768,32x8192,1x8192] [--serve 57x1024x4096]
         [--churn 512] [--longest] [--kv GIB] [--ratio 8] [--tp N] [--pp N] [--shape qwen3-8b] >> results.jsonl
+    python -m sparsekv.bench.vllm_report results.jsonl docs/vllm.md
 
 One engine a process, random weights, one JSON line a measurement. The plugin runs random heads, dialled to the ratio at
 each length: what is held is measured on the workers and printed. A decode step is the difference of two runs of the
@@ -53,7 +54,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 WINDOW = 64
-SEQUENCES = 256
 
 
 def parse() -> argparse.Namespace:
@@ -70,6 +70,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--steps", type=int, default=256, help="decode steps of a point")
     parser.add_argument("--tokens", type=int, default=0, help="max_num_batched_tokens; default 8192, plugin 2048")
+    parser.add_argument("--sequences", type=int, default=256, help="at once, at most")
+    parser.add_argument("--commit", help="this repository's, where there is no git to ask")
     parser.add_argument("--eager", action="store_true")
     return parser.parse_args()
 
@@ -129,7 +131,7 @@ def start(options: argparse.Namespace, longest: int) -> Any:
         skip_tokenizer_init=True,
         dtype="bfloat16",
         max_model_len=longest,
-        max_num_seqs=SEQUENCES if on_gpu else 16,
+        max_num_seqs=options.sequences if on_gpu else 16,
         tensor_parallel_size=options.tp,
         pipeline_parallel_size=options.pp,
         enforce_eager=options.eager,
@@ -141,6 +143,8 @@ class Bench:
     """One engine and what is measured on it."""
 
     def __init__(self, options: argparse.Namespace, llm: Any) -> None:
+        import vllm
+
         self.options, self.llm = options, llm
         self.vocabulary = SHAPES[options.shape]["vocab_size"]
         self.rng = random.Random(0)
@@ -157,7 +161,8 @@ class Bench:
             "async": bool(config.scheduler_config.async_scheduling),
             "batched_tokens": config.scheduler_config.max_num_batched_tokens,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "commit": commit(),
+            "vllm": vllm.__version__,
+            "commit": options.commit or commit(),
         }
 
     def prompts(self, count: int, tokens: int) -> list[dict[str, list[int]]]:

@@ -1,6 +1,7 @@
 """vLLM's engine with the plugin, in this process, and a view of its accounts."""
 
 import gc
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,13 +58,48 @@ def texts(llm: Any, prompts: list[list[int]], params: Any) -> list[list[list[int
     return [[list(sample.token_ids) for sample in output.outputs] for output in outputs]
 
 
+def arrivals_and_aborts(llm: Any, made: Any, want: list[list[int]], *, seed: int, times: int = 2) -> None:
+    """Every prompt some times, in any order; requests come while others run, and some are aborted whenever. want: the
+    answers, by prompt."""
+    rng, core = random.Random(seed), llm.llm_engine
+    waiting = list(range(len(made.prompts))) * times
+    rng.shuffle(waiting)
+    running: dict[str, int] = {}
+    aborted = done = 0
+    while waiting or running:
+        if waiting and rng.random() < 0.3:
+            index = waiting.pop()
+            name = f"{seed} {len(waiting)}"
+            core.add_request(name, {"prompt_token_ids": made.prompts[index]}, greedy())
+            running[name] = index
+        if running and rng.random() < 0.04:
+            name = rng.choice(sorted(running))
+            core.abort_request([name])
+            del running[name]
+            aborted += 1
+        for output in core.step():
+            if output.finished and output.request_id in running:
+                assert list(output.outputs[0].token_ids) == want[running.pop(output.request_id)]
+                done += 1
+    assert aborted and done
+    assert nothing_is_left(llm)
+
+
 def nothing_is_left(llm: Any) -> bool:
-    """No request has a row or credits; and once the workers have heard, no page is taken."""
+    """No request has a row or credits; and once the workers have heard, no page is taken on any of them."""
     found = manager(llm)
     totals = found.accounts.totals()
     assert not any(totals.values()), totals
     assert found.block_pool.get_num_free_blocks() == found.blocks
-    rows(llm).release(found.accounts.next_step()[1])
-    cache = rows(llm).cache
-    assert int(cache.lengths.sum()) == 0 and cache.pool.pages_free == cache.pool.pages
+    left = llm.collective_rpc(_left, args=(found.accounts.next_step()[1],))
+    assert left == [(0, 0)] * len(left)
     return True
+
+
+def _left(worker: Any, released: list[int]) -> tuple[int, int]:
+    """In a worker: slots and pages that are taken once rows are released."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    held = get_kv_transfer_group()._rows
+    held.release(released)
+    return int(held.cache.lengths.sum()), held.cache.pool.pages - held.cache.pool.pages_free

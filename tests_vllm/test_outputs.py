@@ -3,14 +3,13 @@
 The pool holds little more than one whole sequence, so that requests are preempted all the time.
 """
 
-import random
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 import sparsekv
-from engines import engine, greedy, manager, nothing_is_left, rows, scheduler, texts
+from engines import arrivals_and_aborts, engine, greedy, manager, nothing_is_left, rows, scheduler, texts
 
 BLOCKS = 10
 """One for vLLM's padding, eight for 256 tokens, one to spare."""
@@ -79,33 +78,6 @@ def stop_strings(llm: Any, made: Any) -> None:
     got = [o.outputs[0] for o in outputs]
     assert [(list(g.token_ids), g.stop_reason) for g in got] == [(w.token_ids, w.stop_reason) for w in want]
     assert any(len(w.token_ids) < 40 for w in want)
-    assert nothing_is_left(llm)
-
-
-def arrivals_and_aborts(llm: Any, made: Any, want: list[list[int]], *, seed: int) -> None:
-    """Requests come while others run, and some are aborted whenever."""
-    rng, core = random.Random(seed), llm.llm_engine
-    waiting = list(range(len(made.prompts))) * 2
-    rng.shuffle(waiting)
-    running: dict[str, int] = {}
-    done: dict[str, list[int]] = {}
-    aborted = 0
-    while waiting or running:
-        if waiting and rng.random() < 0.3:
-            index = waiting.pop()
-            name = f"{seed} {len(waiting)}"
-            core.add_request(name, {"prompt_token_ids": made.prompts[index]}, greedy())
-            running[name] = index
-        if running and rng.random() < 0.04:
-            name = rng.choice(sorted(running))
-            core.abort_request([name])
-            del running[name]
-            aborted += 1
-        for output in core.step():
-            if output.finished and output.request_id in running:
-                done[output.request_id] = list(output.outputs[0].token_ids)
-                assert done[output.request_id] == want[running.pop(output.request_id)]
-    assert aborted and done
     assert nothing_is_left(llm)
 
 

@@ -1,7 +1,15 @@
-"""Workers in processes of their own, each with its share of the KV heads, plugin by entry point: the same answers."""
+"""Workers in processes of their own, each with its share of the heads or layers, plugin by entry point: the same
+answers, and nothing left on any."""
 
-from engines import engine, greedy, manager, texts
+import pytest
+import torch
+
+from engines import arrivals_and_aborts, engine, greedy, manager, nothing_is_left, texts
 from models import LAYERS
+
+GPUS = torch.cuda.device_count()
+TIMES = 25 if GPUS else 2
+"""How often each of the eight prompts comes among the mixed requests."""
 
 
 def test_tensor_parallel(made):
@@ -12,4 +20,18 @@ def test_tensor_parallel(made):
         assert [x for (x,) in texts(llm, llama.prompts, greedy())] == want
         found = manager(llm)
         assert found.spec.workers == 2 and found.spec.num_kv_heads == LAYERS
-        assert found.block_pool.get_num_free_blocks() == found.blocks
+        assert nothing_is_left(llm)
+        arrivals_and_aborts(llm, llama, want, seed=0, times=TIMES)
+        assert found.waits > 0  # requests did wait for pages
+
+
+@pytest.mark.skipif(GPUS < 2, reason="vLLM's CPU build cannot run pipeline parallel; needs two GPUs")
+def test_pipeline_parallel(made):
+    """Two layers on one worker and one on the other; credits are counted in those of the larger stage."""
+    llama = made("Llama")
+    want = [list(output.outputs[0].token_ids) for output in llama.answers()]
+    with engine(llama, num_gpu_blocks_override=10, max_num_batched_tokens=48, pipeline_parallel_size=2) as llm:
+        assert [x for (x,) in texts(llm, llama.prompts, greedy())] == want
+        assert manager(llm).spec.workers == 2
+        assert nothing_is_left(llm)
+        arrivals_and_aborts(llm, llama, want, seed=0, times=TIMES)

@@ -1,0 +1,44 @@
+"""vllm_report: every work, how many times dense, and what was aimed at."""
+
+import json
+from pathlib import Path
+
+from sparsekv.bench.vllm_report import BLOCK, lines, main
+from sparsekv.markdown import markers
+
+BEGIN, END = markers(BLOCK)
+SHARED = {"shape": "qwen3-8b", "tp": 1, "pp": 1, "kv_gib": 40, "device": "a GPU", "vllm": "0.26", "commit": "abc"}
+STEP = SHARED | {"what": "step", "batch": 8, "context": 32768}
+SERVE = SHARED | {"what": "serve", "in": 1024, "out": 4096}
+ROWS = [
+    SHARED | {"mode": "dense", "what": "start", "seconds": 90.0},
+    STEP | {"mode": "dense", "ms": 20.0, "ratio_of_probe": None},
+    STEP | {"mode": "plugin", "ms": 9.0, "ratio_of_probe": 8.1},
+    STEP | {"mode": "plugin", "ms": 6.0, "ratio_of_probe": 8.1, "tp": 2},
+    SERVE | {"mode": "dense", "requests": 57, "out_tokens_per_second": 3000.0, "ratio_of_probe": None},
+    SERVE | {"mode": "plugin", "requests": 384, "out_tokens_per_second": 9000.0, "ratio_of_probe": 8.0},
+]
+
+
+def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
+    results, page = tmp_path / "found.jsonl", tmp_path / "page.md"
+    results.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    page.write_text(f"before\n{BEGIN}\nSTALE\n{END}\nafter\n")
+    assert main([str(results), str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith(f"before\n{BEGIN}\nqwen3-8b with random weights, a GPU, vLLM 0.26, commit abc, seed 0,")
+    assert "| 1 | step of 8 x 32,768 tokens, ms | 20 | - | 9 | 8.1 | 2.22 x | 2.00 x | met |" in text
+    assert "| 2, tensor parallel | step of 8 x 32,768 tokens, ms | - | - | 6 | 8.1 | - | - |  |" in text
+    assert text.endswith(f"\n{END}\nafter\n")
+
+
+def test_many_requests_are_compared_with_what_fills_the_memory_densely() -> None:
+    (found,) = (line for line in lines(ROWS) if "384" in line[1])
+    assert found[-3:] == ["3.00 x", "3.50 x", "missed"]
+
+
+def test_no_lines_are_one_sentence(tmp_path: Path) -> None:
+    results, page = tmp_path / "found.jsonl", tmp_path / "page.md"
+    results.write_text("")
+    page.write_text(f"{BEGIN}\n{END}\n")
+    assert main([str(results), str(page)]) == 2
