@@ -80,15 +80,15 @@ def _resampled(a: Sequence[Front], b: Sequence[Front], axis: Axis) -> list[Margi
 
 def _fronts(own: Sequence[Table], budget: str, resamples: int) -> dict[str, list[Front]]:
     """By method: the front of all problems, then of each resample."""
-    shared = [name for name in own[0].problems if all(name in table.problems for table in own)]
-    if not shared:
+    common = [name for name in own[0].problems if all(name in table.problems for table in own)]
+    if not common:
         return {}
-    count = len(shared)
+    count = len(common)
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=resamples) / count
     weights = np.concatenate([np.full((1, count), 1 / count), drawn])
     out: dict[str, list[Front]] = {}
     for method in dict.fromkeys(table.cell.method.name for table in own):
-        points = [_points(table, shared, budget) for table in own if table.cell.method.name == method]
+        points = [_points(table, common, budget) for table in own if table.cell.method.name == method]
         cost, accuracy = (weights @ np.concatenate(part, axis=1) for part in zip(*points, strict=True))
         # of all problems: in a resample without the one that was right a point counts, with nothing right
         right = accuracy[0] > 0
@@ -96,9 +96,9 @@ def _fronts(own: Sequence[Table], budget: str, resamples: int) -> dict[str, list
     return out
 
 
-def _points(table: Table, shared: Sequence[str], budget: str) -> tuple[Floats, Floats]:
-    """(cost, accuracy), [shared problems, W * L]."""
-    at = [table.problems.index(name) for name in shared]
+def _points(table: Table, common: Sequence[str], budget: str) -> tuple[Floats, Floats]:
+    """(cost, accuracy), [common problems, W * L]."""
+    at = [table.problems.index(name) for name in common]
     return table.costs[budget][at].reshape(len(at), -1), table.accuracy[at].reshape(len(at), -1)
 
 

@@ -1,0 +1,44 @@
+"""What was aimed at: met with the margin and an interval that excludes zero, else missed."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sparsekv.json_lines import read_lines
+from sparsekv.markdown import table
+from sparsekv.studies.scale.aims import AIMS, AXIS, HEAD, verdicts
+from sparsekv.studies.scale.margins import ALL, VOTED, Compared
+
+ROOT = Path(__file__).parents[3]
+ONE = Compared(
+    method="dms", over="dense", task=ALL, budget="reads", axis=AXIS,
+    margin=0.12, low=0.02, high=0.2, doublings=3, tasks=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "met"),
+        ({"margin": 0.09}, "missed"),
+        ({"low": -0.01}, "missed"),
+        ({"margin": None, "low": None, "high": None}, "missed"),
+    ],
+)
+def test_a_verdict(changes: dict[str, float | None], verdict: str) -> None:
+    (row,) = verdicts([replace(ONE, **changes)])
+    assert row[:4] == ["dms - dense", "KV reads", "tasks", "+10"]
+    assert row[-1] == verdict
+
+
+def test_each_aim_is_looked_up_where_its_methods_were_compared() -> None:
+    every = [replace(ONE, method=a.method, over=a.over, budget=a.budget, task=t) for a in AIMS for t in (ALL, VOTED)]
+    assert len(verdicts(every)) == len(AIMS) + sum(aim.voted is not None for aim in AIMS)
+    assert verdicts([replace(ONE, axis="log"), replace(ONE, over="tova"), replace(ONE, task="times-8")]) == []
+
+
+def test_the_published_verdicts_are_those_of_the_results() -> None:
+    lines = read_lines(ROOT / "benchmarks/results/hyperscaling/margins.jsonl")
+    found = verdicts([Compared(**line) for line in lines])
+    assert table(HEAD, found) in (ROOT / "docs/hyperscaling.md").read_text()
