@@ -76,8 +76,11 @@ def same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
 CHANGES = {"lr": 0.05, "base_lr": 1e-3, "batch": 4, "max_steps": 3, "length": 256}
 
 
-def test_two_replicas_give_the_losses_of_one_and_one_adapter(configure: Configure, tmp_path: Path) -> None:
-    changes = CHANGES | {"decay_steps": 2}
+@pytest.mark.parametrize("trainable", ["heads", "all"])
+def test_two_replicas_give_the_losses_of_one_and_one_adapter(
+    configure: Configure, tmp_path: Path, trainable: str
+) -> None:
+    changes = CHANGES | {"decay_steps": 2, "trainable": trainable}
     _, alone = trained(configure(output=str(tmp_path / "one"), **changes))
     config = configure(output=str(tmp_path / "two"), **changes)
     same(forked(config, tmp_path / "launch", what="run"), alone)
