@@ -62,4 +62,4 @@ bench-cpu: install
 			$(VENV)/bin/sparsekv bench $$what --threads 2 --seed $$seed --json >> $(CPU_RESULTS) || exit 1; \
 		done; \
 	done
-	$(VENV)/bin/python -m sparsekv.bench.report $(CPU_RESULTS) docs/performance.md
+	$(VENV)/bin/python -m sparsekv.bench.reports.performance $(CPU_RESULTS) docs/performance.md

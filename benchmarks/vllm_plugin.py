@@ -2,7 +2,7 @@
 
     python benchmarks/vllm_plugin.py {dense,fp8,plugin} [--points 8x32768,32x8192,1x8192] [--serve 57x1024x4096]
         [--churn 512] [--longest] [--kv GIB] [--ratio 8] [--tp N] [--pp N] [--shape qwen3-8b] >> results.jsonl
-    python -m sparsekv.bench.vllm_report results.jsonl docs/vllm.md
+    python -m sparsekv.bench.reports.vllm results.jsonl docs/vllm.md
 
 One engine a process, random weights, one JSON line a measurement. The plugin runs random heads, dialled to the ratio at
 each length: what is held is measured on the workers and printed. A decode step is the difference of two runs of the

@@ -1,9 +1,9 @@
-"""docs/policies.md from a results file of bench.policies: python -m sparsekv.bench.policies_report RESULTS PAGE."""
+"""docs/policies.md from a results file of bench.policies: python -m sparsekv.bench.reports.policies RESULTS PAGE."""
 
 import sys
 from typing import Any
 
-from sparsekv.bench.targets import size
+from sparsekv.bench.reports.targets import size
 from sparsekv.markdown import rewrite, table
 
 BLOCK = "policies"
@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
     """Exit code 2 and one sentence for a user's mistake."""
     return rewrite(
         arguments,
-        usage="python -m sparsekv.bench.policies_report RESULTS.jsonl PAGE.md",
+        usage="python -m sparsekv.bench.reports.policies RESULTS.jsonl PAGE.md",
         blocks=lambda rows: [(BLOCK, block(rows))],
     )
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from sparsekv.bench.report import BLOCK, CPU_BLOCK, main
-from sparsekv.bench.targets import against_targets, find
+from sparsekv.bench.reports.performance import BLOCK, CPU_BLOCK, main
+from sparsekv.bench.reports.targets import against_targets, find
 from sparsekv.markdown import markers
 
 (BEGIN, END), (BEGIN_CPU, END_CPU) = markers(BLOCK), markers(CPU_BLOCK)
-RESULTS = Path(__file__).parents[2] / "benchmarks/results/h100.jsonl"
-ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parents[3] / "benchmarks/results/h100.jsonl"
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

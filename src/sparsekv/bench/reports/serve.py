@@ -1,5 +1,5 @@
 """Whole workloads beside vLLM's on the same machine:
-python -m sparsekv.bench.serve_report RESULTS.jsonl PAGE.md README.md
+python -m sparsekv.bench.reports.serve RESULTS.jsonl PAGE.md README.md
 
 The results hold lines of `sparsekv bench serve --json` (or bench.suite) and of bench.peer. Only the blocks between the
 markers `serve` are rewritten.
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     """Exit code 2 and one sentence for a user's mistake."""
     return rewrite(
         arguments,
-        usage="python -m sparsekv.bench.serve_report RESULTS.jsonl PAGE.md README.md",
+        usage="python -m sparsekv.bench.reports.serve RESULTS.jsonl PAGE.md README.md",
         blocks=lambda rows: [(BLOCK, full(rows)), (BLOCK, brief(rows))],
     )
 

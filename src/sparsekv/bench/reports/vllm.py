@@ -1,4 +1,4 @@
-"""vLLM with the plugin beside vLLM alone, as a table: python -m sparsekv.bench.vllm_report RESULTS.jsonl PAGE.md
+"""vLLM with the plugin beside vLLM alone, as a table: python -m sparsekv.bench.reports.vllm RESULTS.jsonl PAGE.md
 
 The results hold lines of benchmarks/vllm_plugin.py. Only the block between the markers `vllm` is rewritten.
 """
@@ -26,7 +26,7 @@ class Work:
     """Tensor, pipeline."""
     what: str
     key: str
-    """Of GAINS; "" = nothing was aimed at."""
+    """Of GAINS, where something was aimed at; many requests have one, however many they are."""
     value: str
     """The field that counts."""
     fewer: bool
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     """Exit code 2 and one sentence for a user's mistake."""
     return rewrite(
         arguments,
-        usage="python -m sparsekv.bench.vllm_report RESULTS.jsonl PAGE.md",
+        usage="python -m sparsekv.bench.reports.vllm RESULTS.jsonl PAGE.md",
         blocks=lambda rows: [(BLOCK, make(rows))],
     )
 
@@ -102,15 +102,12 @@ def _line(work: Work, own: dict[str, Line], found: dict[Work, dict[str, Line]]) 
 
 
 def _gain(work: Work, own: dict[str, Line], found: dict[Work, dict[str, Line]]) -> float | None:
-    """Over dense at the same work; of many requests, at as many as dense was given, which fill its memory."""
-    if "plugin" not in own:
+    """Over dense at the same work; where dense was not given so many requests, over those that fill its memory."""
+    alike = [each for other, each in found.items() if (other.key, other.parallel) == (work.key, work.parallel)]
+    rivals = [each["dense"] for each in (own, *alike) if "dense" in each]
+    if "plugin" not in own or not rivals:
         return None
-    rivals = [each["dense"] for w, each in found.items() if w.key == work.key and w.parallel == work.parallel
-              and "dense" in each]  # fmt: skip
-    rival = own.get("dense") or (rivals[0] if work.key == "serve" and rivals else None)
-    if rival is None:
-        return None
-    ratio = own["plugin"][work.value] / rival[work.value]
+    ratio = own["plugin"][work.value] / rivals[0][work.value]
     return 1 / ratio if work.fewer else ratio
 
 

@@ -1,12 +1,12 @@
 """The table of docs/plan.md: measured decode steps beside what the cost model predicts for them.
-python -m sparsekv.bench.predicted benchmarks/results/h100.jsonl docs/plan.md
+python -m sparsekv.bench.reports.predicted benchmarks/results/h100.jsonl docs/plan.md
 
 Only the block between the markers is rewritten.
 """
 
 import sys
 
-from sparsekv.bench.targets import Row, size
+from sparsekv.bench.reports.targets import Row, size
 from sparsekv.cost import against_measured
 from sparsekv.markdown import rewrite, table
 
@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     """Exit code 2 and one sentence for a user's mistake."""
     return rewrite(
         arguments,
-        usage="python -m sparsekv.bench.predicted RESULTS.jsonl PAGE.md",
+        usage="python -m sparsekv.bench.reports.predicted RESULTS.jsonl PAGE.md",
         blocks=lambda rows: [(BLOCK, beside_prediction(rows))],
     )
 

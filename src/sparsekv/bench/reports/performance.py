@@ -1,5 +1,5 @@
 """The tables of docs/performance.md from a results file, of bench.suite or of `make bench-cpu`:
-python -m sparsekv.bench.report benchmarks/results/h100.jsonl docs/performance.md
+python -m sparsekv.bench.reports.performance benchmarks/results/h100.jsonl docs/performance.md
 
 Only the block of that kind of machine, between its markers, is rewritten.
 """
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from sparsekv.bench.targets import VLLM, Row, against_targets, size
+from sparsekv.bench.reports.targets import VLLM, Row, against_targets, size
 from sparsekv.bench.timing import median
 from sparsekv.markdown import rewrite, table
 
@@ -25,7 +25,7 @@ GROUPS = {
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 and one sentence for a user's mistake."""
-    return rewrite(arguments, usage="python -m sparsekv.bench.report RESULTS.jsonl PAGE.md", blocks=_block)
+    return rewrite(arguments, usage="python -m sparsekv.bench.reports.performance RESULTS.jsonl PAGE.md", blocks=_block)
 
 
 def _block(rows: list[Row]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The server under load, as a table: python -m sparsekv.bench.http_report RESULTS.jsonl PAGE.md
+"""The server under load, as a table: python -m sparsekv.bench.reports.http RESULTS.jsonl PAGE.md
 
 The results hold lines of `sparsekv bench serve --http --json`, of one machine or several. Only the block between the
 markers `serve-http` is rewritten.
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     """Exit code 2 and one sentence for a user's mistake."""
     return rewrite(
         arguments,
-        usage="python -m sparsekv.bench.http_report RESULTS.jsonl PAGE.md",
+        usage="python -m sparsekv.bench.reports.http RESULTS.jsonl PAGE.md",
         blocks=lambda rows: [(BLOCK, make(rows))],
     )
 

@@ -1,9 +1,9 @@
-"""serve_report: each work beside vLLM's of the same requests and machine, losses as plain as wins."""
+"""reports.serve: each work beside vLLM's of the same requests and machine, losses as plain as wins."""
 
 import json
 from pathlib import Path
 
-from sparsekv.bench.serve_report import BLOCK, main, verdicts
+from sparsekv.bench.reports.serve import BLOCK, main, verdicts
 from sparsekv.markdown import markers
 
 BEGIN, END = markers(BLOCK)
@@ -55,7 +55,7 @@ def test_both_pages_say_what_was_measured(tmp_path):
 
 
 def test_the_published_tables_are_those_of_the_results(tmp_path):
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     pages = [tmp_path / "page.md", tmp_path / "readme.md"]
     published = [root / "docs/performance.md", root / "README.md"]
     for page, source in zip(pages, published, strict=True):

@@ -1,12 +1,11 @@
-"""vllm_report: every work, how many times dense, and what was aimed at."""
+"""reports.vllm: every work, how many times dense, and what was aimed at."""
 
-import json
 from pathlib import Path
 
-from sparsekv.bench.vllm_report import BLOCK, lines, main
+from pages import rewritten
+from sparsekv.bench.reports.vllm import BLOCK, lines, main
 from sparsekv.markdown import markers
 
-BEGIN, END = markers(BLOCK)
 SHARED = {"shape": "qwen3-8b", "tp": 1, "pp": 1, "kv_gib": 40, "device": "a GPU", "vllm": "0.26", "commit": "abc"}
 STEP = SHARED | {"what": "step", "batch": 8, "context": 32768}
 SERVE = SHARED | {"what": "serve", "in": 1024, "out": 4096}
@@ -21,15 +20,10 @@ ROWS = [
 
 
 def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
-    results, page = tmp_path / "found.jsonl", tmp_path / "page.md"
-    results.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    page.write_text(f"before\n{BEGIN}\nSTALE\n{END}\nafter\n")
-    assert main([str(results), str(page)]) == 0
-    text = page.read_text()
-    assert text.startswith(f"before\n{BEGIN}\nqwen3-8b with random weights, a GPU, vLLM 0.26, commit abc, seed 0,")
+    text = rewritten(main, ROWS, tmp_path, block=BLOCK)
+    assert text.startswith("qwen3-8b with random weights, a GPU, vLLM 0.26, commit abc, seed 0,")
     assert "| 1 | step of 8 x 32,768 tokens, ms | 20 | - | 9 | 8.1 | 2.22 x | 2.00 x | met |" in text
     assert "| 2, tensor parallel | step of 8 x 32,768 tokens, ms | - | - | 6 | 8.1 | - | - |  |" in text
-    assert text.endswith(f"\n{END}\nafter\n")
 
 
 def test_many_requests_are_compared_with_what_fills_the_memory_densely() -> None:
@@ -40,5 +34,5 @@ def test_many_requests_are_compared_with_what_fills_the_memory_densely() -> None
 def test_no_lines_are_one_sentence(tmp_path: Path) -> None:
     results, page = tmp_path / "found.jsonl", tmp_path / "page.md"
     results.write_text("")
-    page.write_text(f"{BEGIN}\n{END}\n")
+    page.write_text("\n".join(markers(BLOCK)))
     assert main([str(results), str(page)]) == 2

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from sparsekv.bench.predicted import BLOCK, main
+from sparsekv.bench.reports.predicted import BLOCK, main
 from sparsekv.markdown import markers
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks/results/h100.jsonl"
 BEGIN, END = markers(BLOCK)
 

@@ -1,12 +1,11 @@
-"""http_report: every load of every ratio, and what was aimed at."""
+"""reports.http: every load of every ratio, and what was aimed at."""
 
 import json
 from pathlib import Path
 
-from sparsekv.bench.http_report import BLOCK, main, verdicts
-from sparsekv.markdown import markers
+from pages import rewritten
+from sparsekv.bench.reports.http import BLOCK, main, verdicts
 
-BEGIN, END = markers(BLOCK)
 SHARED = {"shape": None, "ratio": 4.0, "rows": 64, "memory": 2**28, "prompt": [32, 256], "output": [16, 64], "seed": 0}
 SHARED |= {"hardware": "a CPU", "torch": "2", "commit": "abc"}
 TIMES = {"first_ms_p50": 10.2, "first_ms_p99": 20.4, "gap_ms_p50": 3.0, "gap_ms_p99": 5.0, "requests_sent": 48}
@@ -18,19 +17,14 @@ ROWS = [
 
 
 def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
-    results, page = tmp_path / "found.jsonl", tmp_path / "page.md"
-    results.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    page.write_text(f"before\n{BEGIN}\nSTALE\n{END}\nafter\n")
-    assert main([str(results), str(page)]) == 0
-    text = page.read_text()
-    assert text.startswith(f"before\n{BEGIN}\nsmollm2-135m, a CPU, torch 2, commit abc, seed 0:")
+    text = rewritten(main, ROWS, tmp_path, block=BLOCK)
+    assert text.startswith("smollm2-135m, a CPU, torch 2, commit abc, seed 0:")
     assert "| 4 | all at once, no HTTP | 1,040 | - | - | - |" in text
     assert "| 4 | twice the peak | 800 | 10 (20) | 3 (5) | 7 of 48 |" in text
-    assert text.endswith(f"\n{END}\nafter\n")
 
 
 def test_the_published_table_is_that_of_the_results(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     published, page = root / "docs/serve.md", tmp_path / "page.md"
     page.write_text(published.read_text())
     assert main([str(root / "benchmarks/results/serve-http-cpu.jsonl"), str(page)]) == 0

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from sparsekv.bench.policies_report import main
+from sparsekv.bench.reports.policies import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RESULTS, PAGE = ROOT / "benchmarks/results/policies.jsonl", ROOT / "docs/policies.md"
 
 

@@ -1,0 +1,1 @@
+"""Tables of pages from results files, each a command of its own."""
