@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsekv.studies.scale.cells import Cell, Method
+from sparsekv.studies.scale.cells import BUDGETS, Cell, Method
 from sparsekv.studies.scale.margins import ALL, VOTED, Compared, compare
-from sparsekv.studies.scale.tables import BUDGETS, Chains, Table
+from sparsekv.studies.scale.tables import Chains, Table
 
 CHAINS = Chains(tokens=1, ended=1, ratio=1, bounds=0)
 

@@ -1,17 +1,17 @@
-"""What compressed chains were to win by, in points of accuracy at equal budgets, and whether they did."""
+"""What a study is to show: by how many points one method is to be ahead of another at equal budgets."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
-from sparsekv.studies.scale.margins import ALL, VOTED, Compared
-from sparsekv.studies.scale.tables import BUDGETS
-
-AXIS = "linear"
+from sparsekv.studies.scale.cells import BUDGETS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Aim:
-    """Points in the mean over all tasks, and over the voted ones; with an interval that excludes zero."""
+    """`mean` points over all tasks, `voted` over the voted ones alone, each with an interval that excludes zero.
+
+    Raises ValueError for a budget that is none.
+    """
 
     method: str
     over: str
@@ -19,38 +19,17 @@ class Aim:
     mean: float
     voted: float | None = None
 
-
-AIMS = (
-    Aim(method="dms", over="dense", budget="reads", mean=10, voted=5),
-    Aim(method="dms", over="dense", budget="peak_tokens", mean=15, voted=6),
-    Aim(method="dms", over="dense", budget="seconds", mean=5, voted=3),
-    Aim(method="dms", over="tova", budget="peak_tokens", mean=4, voted=3),
-    Aim(method="dms", over="h2o", budget="peak_tokens", mean=6),
-    Aim(method="dms", over="random", budget="peak_tokens", mean=6),
-    Aim(method="dms", over="quest", budget="reads", mean=2),
-)
-HEAD = ("margin, points", "at equal", "tasks", "aimed at", "measured (95 % interval)", "")
+    def __post_init__(self) -> None:
+        if self.budget not in BUDGETS:
+            raise ValueError(f"the study aims at equal {self.budget!r}; use one of {', '.join(BUDGETS)}")
 
 
-def verdicts(compared: Sequence[Compared]) -> list[list[str]]:
-    """A row of HEAD for each aim whose methods were compared."""
-    rows = []
-    for aim in AIMS:
-        for scope, least in ((ALL, aim.mean), (VOTED, aim.voted)):
-            found = [
-                c
-                for c in compared
-                if (c.method, c.over, c.budget, c.axis, c.task) == (aim.method, aim.over, aim.budget, AXIS, scope)
-            ]
-            if least is None or not found:
-                continue
-            about = [f"{aim.method} - {aim.over}", BUDGETS[aim.budget], scope.removeprefix("mean over "), f"{least:+g}"]
-            rows.append([*about, *_verdict(found[0], least)])
-    return rows
-
-
-def _verdict(found: Compared, least: float) -> tuple[str, str]:
-    if found.margin is None or found.low is None or found.high is None:
-        return "no budget in common", "missed"
-    value, low, high = (100 * x for x in (found.margin, found.low, found.high))
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})", "met" if value >= least and low > 0 else "missed"
+def parse(raw: Any) -> list[Aim]:
+    """Of a study's file. Raises ValueError, one sentence, for what is no list of aims."""
+    known = [f.name for f in fields(Aim)]
+    try:
+        return [Aim(**each) for each in raw]
+    except TypeError:
+        raise ValueError(
+            f"the study's aims are {raw!r}; give a list of mappings with the keys {', '.join(known)}, voted if wanted"
+        ) from None

@@ -8,6 +8,14 @@ from fnmatch import fnmatchcase
 from sparsekv.evals.methods.setting import Setting
 
 DENSE = "dense"
+BUDGETS = {
+    "reads": "KV reads",
+    "peak_tokens": "peak tokens",
+    "peak_bytes": "peak bytes",
+    "seconds": "seconds",
+    "tokens": "tokens drawn",
+}
+"""What a configuration costs a problem, and its name for readers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,9 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekv.studies.scale.pareto import Axis, Front, Margin, front, margin, shared
-from sparsekv.studies.scale.tables import BUDGETS, Table
+from sparsekv.studies.scale.cells import BUDGETS
+from sparsekv.studies.scale.pareto import Axis, Front, Margin, front, margin, mean_gap, shared
+from sparsekv.studies.scale.tables import Table
 
 RESAMPLES = 500
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -70,12 +71,11 @@ def compare(
     return found
 
 
-def _resampled(a: Sequence[Front], b: Sequence[Front], axis: Axis) -> list[Margin]:
-    """Of all problems, then of each resample over the same budgets; empty where the fronts share none."""
+def _resampled(a: Sequence[Front], b: Sequence[Front], axis: Axis) -> tuple[Margin, list[float]]:
+    """Of all problems, then of each resample over the same budgets; nothing where the fronts share none."""
     stretch = shared(a[0], b[0])
-    if stretch is None:
-        return []
-    return [margin(x, y, axis, stretch=stretch) for x, y in zip(a, b, strict=True)]
+    resampled = [] if stretch is None else [mean_gap(*pair, stretch, axis) for pair in zip(a[1:], b[1:], strict=True)]
+    return margin(a[0], b[0], axis), resampled
 
 
 def _fronts(own: Sequence[Table], budget: str, resamples: int) -> dict[str, list[Front]]:
@@ -102,12 +102,12 @@ def _points(table: Table, common: Sequence[str], budget: str) -> tuple[Floats, F
     return table.costs[budget][at].reshape(len(at), -1), table.accuracy[at].reshape(len(at), -1)
 
 
-def _compared(rows: Sequence[Sequence[Margin]], **about: str) -> Compared:
-    """rows: by task, as _resampled gives them. Tasks without a margin are left out."""
-    rows = [row for row in rows if row]
-    if not rows:
+def _compared(found: Sequence[tuple[Margin, list[float]]], **about: str) -> Compared:
+    """found: by task, as _resampled gives them. Tasks without a margin are left out."""
+    values = [own.value for own, _ in found if own.value is not None]
+    if not values:
         return Compared(**about, margin=None, low=None, high=None, doublings=0.0, tasks=0)
-    means = np.array([[m.value for m in row] for row in rows]).mean(0)
-    low, high = np.quantile(means[1:], [0.025, 0.975]).tolist()
-    doublings = min(row[0].doublings for row in rows)
-    return Compared(**about, margin=float(means[0]), low=low, high=high, doublings=doublings, tasks=len(rows))
+    resampled = np.mean([gaps for own, gaps in found if own.value is not None], axis=0)
+    low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
+    doublings = min(own.doublings for own, _ in found if own.value is not None)
+    return Compared(**about, margin=float(np.mean(values)), low=low, high=high, doublings=doublings, tasks=len(values))

@@ -63,17 +63,22 @@ def shared(a: Front, b: Front) -> tuple[float, float] | None:
     return (float(low), float(high)) if high > low else None
 
 
-def margin(a: Front, b: Front, axis: Axis = "linear", *, stretch: tuple[float, float] | None = None) -> Margin:
-    """Of a over b. stretch: of budgets, instead of the one that they share."""
-    stretch = shared(a, b) if stretch is None else stretch
-    if stretch is None:
-        return Margin(value=None, doublings=0.0)
+def mean_gap(a: Front, b: Front, stretch: tuple[float, float], axis: Axis = "linear") -> float:
+    """The mean of a - b over a stretch of budgets."""
     low, high = stretch
     inner = np.concatenate([a.budget, b.budget])
     x = np.unique(np.concatenate([[low, high], inner[(inner > low) & (inner < high)]]))
     gap, width = a.at(x, axis) - b.at(x, axis), np.diff(_scaled(x, axis))
-    value = float((0.5 * (gap[1:] + gap[:-1]) * width).sum() / width.sum())
-    return Margin(value=value, doublings=math.log2(high / low))
+    return float((0.5 * (gap[1:] + gap[:-1]) * width).sum() / width.sum())
+
+
+def margin(a: Front, b: Front, axis: Axis = "linear") -> Margin:
+    """Of a over b."""
+    stretch = shared(a, b)
+    if stretch is None:
+        return Margin(value=None, doublings=0.0)
+    low, high = stretch
+    return Margin(value=mean_gap(a, b, stretch, axis), doublings=math.log2(high / low))
 
 
 def _scaled(budget: Floats, axis: Axis) -> Floats:

@@ -12,10 +12,11 @@ from string import Template
 from typing import Any
 
 from sparsekv.markdown import replaced, table
+from sparsekv.studies.scale.cells import BUDGETS
 from sparsekv.studies.scale.margins import compare
 from sparsekv.studies.scale.sections import Section, front_of, sections
 from sparsekv.studies.scale.study import Study
-from sparsekv.studies.scale.tables import BUDGETS, Table, result_lines, tables
+from sparsekv.studies.scale.tables import Table, result_lines, tables
 
 BLOCK = "hyperscaling"
 PAGE, RESULTS, MARGINS, FRONTS, PICTURES = "report.html", "results.jsonl", "margins.jsonl", "fronts.json", "img"

@@ -7,16 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from sparsekv.studies.pictures import Curve, Panel, draw
-from sparsekv.studies.scale.aims import HEAD, verdicts
-from sparsekv.studies.scale.cells import DENSE
+from sparsekv.studies.scale.aims import Aim
+from sparsekv.studies.scale.cells import BUDGETS, DENSE
 from sparsekv.studies.scale.margins import ALL, VOTED, Compared
 from sparsekv.studies.scale.pareto import front
 from sparsekv.studies.scale.study import Study
-from sparsekv.studies.scale.tables import BUDGETS, Table
+from sparsekv.studies.scale.tables import Table
 
 SHOWN = {"reads": (1e3, "KV reads a problem, thousands"), "peak_tokens": (1.0, "peak tokens a problem"),
          "peak_bytes": (2**20, "peak MiB a problem"), "seconds": (1.0, "seconds a problem")}  # fmt: skip
 """Budgets of the tables and pictures: what one unit is, and the axis."""
+VERDICT = ("margin, points", "at equal", "tasks", "aimed at", "measured (95 % interval)", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +50,7 @@ class Configuration:
 def sections(study: Study, made: Sequence[Table], compared: Sequence[Compared], folder: Path) -> list[Section]:
     """In reading order; the pictures are drawn into `folder`."""
     tasks = list(dict.fromkeys(table.cell.task for table in made))
-    aims = Section(
-        title="What was aimed at",
-        text="Fronts over all ratios, W and L, compared over the budgets that both cover.",
-        head=HEAD,
-        rows=verdicts(compared),
-    )
-    found = [aims] if aims.rows else []
+    found = [_aims(study, compared)] if study.aims else []
     found += [
         Section(
             title=f"Accuracy at equal {BUDGETS[budget]}",
@@ -69,6 +64,19 @@ def sections(study: Study, made: Sequence[Table], compared: Sequence[Compared], 
     found += _margins(compared, tasks)
     found += [_best(study, made, task, budget) for task in tasks for budget in ("reads", "peak_tokens")]
     return found
+
+
+def verdicts(aims: Sequence[Aim], compared: Sequence[Compared]) -> list[list[str]]:
+    """A row of VERDICT for each aim whose methods were compared."""
+    found = {(c.method, c.over, c.budget, c.task): c for c in compared if c.axis == "linear"}
+    rows = []
+    for aim in aims:
+        for scope, least in ((ALL, aim.mean), (VOTED, aim.voted)):
+            margin = found.get((aim.method, aim.over, aim.budget, scope))
+            if least is not None and margin is not None:
+                about = [f"{aim.method} - {aim.over}", BUDGETS[aim.budget], scope.removeprefix("mean over ")]
+                rows.append([*about, f"{least:+g}", *_verdict(margin, least)])
+    return rows
 
 
 def front_of(study: Study, made: Sequence[Table], budget: str) -> list[Configuration]:
@@ -116,6 +124,22 @@ def _picture(study: Study, made: Sequence[Table], tasks: Sequence[str], budget: 
         panels.append(Panel(title=f"{task} ({rule})", xlabel=label, ylabel="right", curves=curves, percent_y=True))
     draw(panels, file)
     return file
+
+
+def _aims(study: Study, compared: Sequence[Compared]) -> Section:
+    return Section(
+        title="What was aimed at",
+        text="Fronts over all ratios, W and L, compared over the budgets that both cover.",
+        head=VERDICT,
+        rows=verdicts(study.aim_list, compared),
+    )
+
+
+def _verdict(found: Compared, least: float) -> tuple[str, str]:
+    if found.margin is None or found.low is None or found.high is None:
+        return "no budget in common", "missed"
+    value, low, high = (100 * x for x in (found.margin, found.low, found.high))
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})", "met" if value >= least and low > 0 else "missed"
 
 
 def _margins(compared: Sequence[Compared], tasks: Sequence[str]) -> list[Section]:

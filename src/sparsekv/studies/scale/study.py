@@ -13,6 +13,7 @@ from sparsekv.evals.problems import tasks
 from sparsekv.evals.problems.base import Problem, Task
 from sparsekv.policies.registry import describe
 from sparsekv.scaling.scorer import Scorer
+from sparsekv.studies.scale.aims import Aim, parse
 from sparsekv.studies.scale.cells import DENSE, Cell, Method
 
 RULES = ("vote", "weighted", "best")
@@ -53,6 +54,8 @@ class Study:
     """What W chains amount to: "vote" (pass@all on tasks that are verified), or with a scorer "weighted" or "best"."""
     scorer: dict[str, Any] | None = None
     """scaling.scorer.Scorer's url, model and so on."""
+    aims: list[dict[str, Any]] = field(default_factory=list)
+    """What the report is to say whether it was reached: aims.Aim's method, over, budget, mean and voted."""
 
     def __post_init__(self) -> None:
         for name in ("tasks", "seeds", "widths", "lengths"):
@@ -73,7 +76,11 @@ class Study:
             raise ValueError(f"the study's rule is {self.rule!r}; use one of {', '.join(RULES)}")
         if (self.rule == "vote") != (self.scorer is None):
             raise ValueError("the rules weighted and best need a scorer, and vote has none: set both or neither")
-        assert self.methods and self.task_list
+        named = {method.name for method in self.methods}
+        strange = sorted({name for aim in self.aim_list for name in (aim.method, aim.over)} - named)
+        if strange:
+            raise ValueError(f"the study aims at methods that it does not have: {', '.join(strange)}; add them")
+        assert self.task_list
         self._scorer()
 
     @property
@@ -91,6 +98,11 @@ class Study:
         if not named:
             raise ValueError("the study's grid is empty: name policies, such as [dense, dms, tova]")
         return [self._method(name, own or {}) for name, own in named.items()]
+
+    @cached_property
+    def aim_list(self) -> list[Aim]:
+        """The aims themselves."""
+        return parse(self.aims)
 
     @cached_property
     def task_list(self) -> list[Task]:

@@ -21,14 +21,6 @@ from sparsekv.studies.scale.scores import scores_of
 from sparsekv.studies.scale.study import Study
 
 Floats = NDArray[np.float64]
-BUDGETS = {
-    "reads": "KV reads",
-    "peak_tokens": "peak tokens",
-    "peak_bytes": "peak bytes",
-    "seconds": "seconds",
-    "tokens": "tokens drawn",
-}
-"""What a configuration costs a problem, and its name for readers."""
 
 
 @dataclass(frozen=True, kw_only=True)
