@@ -34,19 +34,12 @@ def test_human_bytes():
     ]
 
 
-def test_pages_are_taken_shared_and_released():
+def test_pages_are_taken():
     p = pool()
     assert p.page_bytes == 2 * 8 * 4 * 4
     taken = p.take(3)
     assert len(set(taken.tolist())) == 3
     assert (p.pages_in_use, p.pages_free) == (3, 1)
-    p.share(taken[[0, 0, 1]])
-    p.release(taken)
-    assert p.pages_in_use == 2  # the third had one owner
-    p.release(taken[[0, 1, 0]])  # the last owners of both, one of them named twice
-    assert p.pages_free == 4
-    assert sorted(p.free[:-1].tolist()) == [0, 1, 2, 3]
-    assert not p.extra_owners.any()
 
 
 def test_a_short_pool_names_the_bytes_and_takes_nothing():
@@ -55,10 +48,3 @@ def test_a_short_pool_names_the_bytes_and_takes_nothing():
     with pytest.raises(ValueError, match=r"768 B \(3 pages\) are needed and 512 B of 1 KiB are free; pass a larger kv"):
         p.take(3)
     assert p.pages_free == 2
-
-
-def test_releasing_too_often_is_a_bug_of_ours():
-    p = pool()
-    taken = p.take(1)
-    with pytest.raises(AssertionError, match="released more often than it was owned"):
-        p.release(taken[[0, 0]])

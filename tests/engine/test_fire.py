@@ -242,7 +242,7 @@ def test_an_aborted_stream_ends_with_what_it_has() -> None:
     llm = engine(model)
 
     def abort(output: RequestOutput) -> None:
-        if len(output.outputs[0].token_ids) == 3 and output.request_id == "r1":
+        if len(output.outputs[0].token_ids) >= 3 and output.request_id == "r1":
             llm.abort("r1")
 
     outputs = _gather(llm, 3, greedy(40), after=abort)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sparsekv
-from helpers import random_heads, tiny_model
+from helpers import VOCABULARY, random_heads, tiny_model
 from serving import assert_empty, greedy, prompts
 from sparsekv import LLM, SamplingParams
 
@@ -75,6 +75,29 @@ def test_decode_steps_never_wait(graphed: LLM) -> None:
         torch.cuda.set_sync_debug_mode("default")
     while engine.has_work:
         engine.step()
+    assert_empty(graphed)
+
+
+def test_samples_end_and_come_back_without_waiting(graphed: LLM) -> None:
+    """More samples than rows: each that ends frees its row, into which another comes from host memory."""
+    engine = graphed.engine
+    stops = list(range(0, VOCABULARY, 12))
+    params = SamplingParams(n=60, max_tokens=80, seed=0, temperature=1.0, stop_token_ids=stops, ignore_eos=True)
+    (first,) = graphed.generate(MANY[2], params)  # records every batch that comes
+    request = engine.add(MANY[2], params)
+    for _ in range(4):
+        engine.step()
+    waiting = len(engine.scheduler.swapped)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        while engine.scheduler.swapped:
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    while engine.has_work:
+        engine.step()
+    assert waiting > 8
+    assert [s.output for s in request.sequences] == [o.token_ids for o in first.outputs]
     assert_empty(graphed)
 
 

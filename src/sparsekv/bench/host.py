@@ -42,7 +42,7 @@ class StubRunner:
     def execute(self, step: RunStep) -> Any:
         """A step that is done at once."""
         counts = np.zeros(self.lengths.shape[1], dtype=np.int32)
-        counts[[s.row_() for s in step.decodes]] = 1
+        counts[step.rows] = 1
         counts[[c.sequence.row_() for c in step.chunks]] = [c.count for c in step.chunks]
         self.grow(counts)
         tokens = next(self._tokens)[: len(step.samples)]

@@ -92,29 +92,29 @@ class PagePool:
         free = self.pages_free
         if count > free:
             raise ValueError(self.shortage(count))
+        return self.take_surely(count)
+
+    def take_surely(self, count: int) -> Tensor:
+        """As take, where it is known that there are so many: without asking the device."""
         self.free_count -= count
-        return self.free[free - count : free].long()
+        return self.free[(self.free_count + torch.arange(count, device=self.free.device)).clamp(min=0)].long()
 
     def clear_state(self, ids: Tensor) -> None:
         """Fill the state of pages anew; ids: int64 [n], the spare place among them if need be."""
         for name, tensor in self.state.items():
-            tensor[ids] = self.states[name].fill
+            tensor.index_fill_(0, ids, self.states[name].fill)
+
+    def clear_freed(self, before: Tensor, *, most: int) -> None:
+        """Fill the state of the pages that came onto the free stack since it held `before` (int32 [1]); most: at least
+        as many."""
+        if self.state:
+            place = before + torch.arange(min(most, self.pages), device=before.device)
+            ids = self.free[place.clamp(max=self.pages)]
+            self.clear_state(torch.where(place < self.free_count, ids, self.pages).long())
 
     def share(self, ids: Tensor) -> None:
         """Give each page in ids (int64 [n], may repeat) one owner more."""
         self.extra_owners += torch.bincount(ids, minlength=self.pages).int()
-
-    def release(self, ids: Tensor) -> None:
-        """Take one owner away for each occurrence in ids (int64 [n]); pages without owners become free."""
-        gone = torch.bincount(ids, minlength=self.pages).int()
-        left = self.extra_owners + 1 - gone
-        assert bool((left[gone > 0] >= 0).all()), "a page was released more often than it was owned"
-        freed = ((gone > 0) & (left == 0)).nonzero()[:, 0].int()
-        self.extra_owners.copy_(torch.where(gone > 0, (left - 1).clamp(min=0), self.extra_owners))
-        free = self.pages_free
-        self.clear_state(freed.long())
-        self.free[free : free + len(freed)] = freed
-        self.free_count += len(freed)
 
     def reset(self) -> None:
         """Take every page away from its owners, in place."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsekv.cache.pages import PagePool
 from sparsekv.cache.state import LayerState, State
 from sparsekv.ops.layout import LayerPages, ring_positions
-from sparsekv.ops.release import Tables
+from sparsekv.ops.release import Tables, release
 
 
 class RaggedCache:
@@ -93,14 +93,14 @@ class RaggedCache:
         return torch.arange(self.pages.shape[-1], device=count.device) < count[..., None]
 
     def release(self, rows: Tensor) -> None:
-        """Free all pages of rows (int64, distinct) and empty them."""
-        self.pool.release(self.pages[:, rows][self.owned(rows)].long())
-        self.lengths[:, rows] = 0
-        self.seen[:, rows] = 0
-        self.samples[rows] = 0
+        """Free all pages of rows (int64, distinct) and empty them, without asking the device."""
+        before = self.pool.free_count.clone()
+        release(self.tables(), rows)
+        self.pool.clear_freed(before, most=len(rows) * self.pages[:, 0].numel())
+        self.samples.index_fill_(0, rows, 0)
         for states, tensors in zip(self.states, self.row_state, strict=True):
             for state in states:
-                tensors[state.name][rows] = state.fill
+                tensors[state.name].index_fill_(0, rows, state.fill)
 
     def clear(self) -> None:
         """Free all pages of all rows."""

@@ -1,15 +1,17 @@
 """Move a row of the ragged cache to host memory and back, bit for bit, compressed as it is.
 
 What leaves is what the row owns: its pages (whole, so that every slot keeps its place), lengths, tokens seen, rings and
-what policies remember. Pages shared with other rows stay with those. Both directions wait for the device.
+what policies remember. Pages shared with other rows stay with those. The way out waits for the device.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparsekv.cache.ragged import RaggedCache
+from sparsekv.ops.upload import upload
 
 CHUNK = 4096
 """Pages moved at once, so that a full device needs little room for the copy."""
@@ -45,7 +47,7 @@ def swap_out(cache: RaggedCache, row: int) -> SwappedRow:
     """Copy a row to host memory. The row stays as it is: release it to free its pages."""
     rows = torch.tensor([row], device=cache.lengths.device)
     ids = cache.pages[:, rows][cache.owned(rows)].long()
-    host = torch.empty(len(ids), *cache.pool.kv.shape[1:], dtype=cache.pool.kv.dtype)
+    host = _empty((len(ids), *cache.pool.kv.shape[1:]), cache.pool.kv)
     for part, into in zip(ids.split(CHUNK), host.split(CHUNK), strict=True):
         into.copy_(cache.pool.kv[part])
     return SwappedRow(
@@ -59,29 +61,36 @@ def swap_out(cache: RaggedCache, row: int) -> SwappedRow:
 
 
 def swap_in(cache: RaggedCache, row: int, swapped: SwappedRow) -> None:
-    """Fill an empty row from host memory.
+    """Fill an empty row from host memory, without waiting for the device. The pool must have swapped.pages free ones:
+    whoever asks keeps the account."""
+    device, size = cache.lengths.device, cache.pool.page_size
 
-    Raises ValueError naming the bytes where the pool has too few free pages; nothing is changed then.
-    """
-    assert not bool(cache.lengths[:, row].any()), "swap_in needs an empty row"
-    device = cache.lengths.device
-    ids = cache.pool.take(swapped.pages)
+    def sent(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    ids = cache.pool.take_surely(swapped.pages)
     for part, source in zip(ids.split(CHUNK), swapped.kv.split(CHUNK), strict=True):
-        cache.pool.kv[part] = source.to(device)
-    cache.lengths[:, row] = swapped.lengths.to(device)
-    cache.seen[:, row] = swapped.seen.to(device)
-    rows = torch.tensor([row], device=device)
-    pages = cache.pages[:, rows]
-    pages[cache.owned(rows)] = ids.int()
-    cache.pages[:, rows] = pages
+        cache.pool.kv[part] = sent(source)
+    cache.lengths[:, row] = sent(swapped.lengths)
+    cache.seen[:, row] = sent(swapped.seen)
+    owned = torch.arange(cache.pages.shape[-1]) < -(-swapped.lengths // size)[..., None]
+    places = upload(owned.flatten().nonzero()[:, 0], torch.int64, device)
+    table = cache.pages[:, row].flatten()
+    cache.pages[:, row] = table.index_copy(0, places, ids.int()).view_as(cache.pages[:, row])
     for ring, source in zip(cache.rings, swapped.rings, strict=True):
-        ring[row] = source.to(device)
+        ring[row] = sent(source)
     for name, source in swapped.pool_state.items():
-        cache.pool.state[name][ids] = source.to(device)
+        cache.pool.state[name][ids] = sent(source)
     for state, source in zip(cache.row_state, swapped.row_state, strict=True):
         for name, tensor in source.items():
-            state[name][row] = tensor.to(device)
+            state[name][row] = sent(tensor)
 
 
 def _host(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone()
+    host = _empty(tensor.shape, tensor)
+    return host.copy_(tensor)
+
+
+def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """In host memory; pinned where it comes from a GPU, so that it can be sent back without waiting."""
+    return torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda)

@@ -2,7 +2,8 @@
 
 With async scheduling one step is in flight while the one before is read back. A sequence whose end is then found has
 run one step too far: that token is dropped, and its place in the cache is that of the token it followed, so nothing is
-lost. Whatever changes rows (finish, fork, swap, cancel) first reads back what is in flight.
+lost. Rows are freed and swapped in behind what is in flight; a fork, a swap to the host, a session that is kept and a
+cancellation first read it back.
 
 One thread at a time, and no step is left half-way: after any exception `reset` makes the engine new (streams.py does).
 """
@@ -59,6 +60,8 @@ class Engine:
         self._ended: list[Sequence] = []
         self._forks: list[tuple[Sequence, list[Sequence]]] = []
         self._touched: dict[Request, None] = {}
+        self._stale = False
+        """Whether rows were freed whose pages the ledger may not know to be free."""
         self._reads = np.zeros((2, runner.ragged.rows + 1), dtype=np.int64)
         self._decode_one = lru_cache(2**16)(lambda token: None if tokenizer is None else tokenizer.decode([token]))
 
@@ -121,8 +124,12 @@ class Engine:
         depth = 0 if any(_starts_samples(step) for step, _ in self._in_flight) else self.depth
         while len(self._in_flight) > depth:
             self._read_back()
-        if self._ended or self._forks or not self._in_flight:
+        if self._forks or not self._in_flight or any(s.request.keep for s in self._ended):
             self._settle()
+        elif self._ended:
+            self._free()
+            if not self.requests:
+                self._settle()
         touched, self._touched = self._touched, {}
         return list(touched)
 
@@ -145,6 +152,7 @@ class Engine:
         for left in (self.requests, self._in_flight, self._ended, self._forks, self._touched):
             left.clear()
         self.scheduler = deepcopy(self._new_scheduler)
+        self._stale = False
         self._reads = np.zeros_like(self._reads)
         self.runner.reset()
 
@@ -165,8 +173,9 @@ class Engine:
                     self._settle()
                 case SwapOut(sequence=sequence):
                     self._swap_out(sequence)
-                case SwapIn(sequence=sequence, row=row):
-                    self._swap_in(sequence, row)
+                case SwapIn(rows=rows):
+                    for sequence, row in rows:
+                        self._swap_in(sequence, row)
                 case GiveUp(sequence=sequence):
                     for each in sequence.request.sequences:
                         if each is sequence or each.status is Status.PENDING:
@@ -182,10 +191,17 @@ class Engine:
         for trunk, children in self._forks:
             self._fork(trunk, children)
         self._forks.clear()
-        rows = []
         for sequence in self._ended:
             if sequence.request.keep and sequence.finish_reason != "abort":
                 self._keep(sequence)
+        self._free()
+        if self._stale:
+            self._refresh()
+
+    def _free(self) -> None:
+        """Free what has ended, behind what is in flight."""
+        rows = []
+        for sequence in self._ended:
             row = self.scheduler.remove(sequence)
             sequence.swapped = None
             if row is not None:
@@ -195,7 +211,13 @@ class Engine:
         self._ended.clear()
         if rows:
             self.runner.release(rows)
-            self.scheduler.ledger.refresh(*self.runner.account())
+            self.scheduler.ledger.emptied(rows)
+            self._stale = True
+
+    def _refresh(self) -> None:
+        """Have the ledger know what the device holds. Nothing is in flight."""
+        self.scheduler.ledger.refresh(*self.runner.account())
+        self._stale = False
 
     def _read_back(self) -> None:
         """Take in the oldest step in flight."""
@@ -215,12 +237,13 @@ class Engine:
             for token in chunk.sequence.tokens[chunk.start + 1 : chunk.start + 1 + chunk.scored]:
                 count = request.params.prompt_logprobs or 0
                 request.prompt_logprobs.append(by_token(token, next(scores), count, self._decode_one))
-        now, touched, logprobs = time.time(), self._touched, result.logprobs
+        now, touched, logprobs, spoke = time.time(), self._touched, result.logprobs, None
         for i, (sequence, token) in enumerate(zip(step.samples, result.tokens, strict=True)):
             if sequence.status is not Status.FINISHED:
-                request = sequence.request
-                touched[request] = None
-                request.metrics.spoke(now)
+                if sequence.request is not spoke:
+                    spoke = sequence.request
+                    touched[spoke] = None
+                    spoke.metrics.spoke(now)
                 append_token(sequence, token, None if logprobs is None else logprobs[i], self._decode_one)
                 if sequence.finish_reason is not None:
                     self._end(sequence, sequence.finish_reason, stop_reason=sequence.stop_reason)
@@ -232,16 +255,16 @@ class Engine:
         held = result.lengths.sum(0, dtype=np.int64).sum(1)  # faster than both at once
         assert result.free >= 0, "a step took more pages than the ledger allowed"
         slots = held.tolist()
-        running = [s for s in step.decodes if s.status is not Status.FINISHED]
-        for sequence in running:
-            sequence.counters.decode(slots[sequence.row_()])
+        for sequence, row in zip(step.decodes, step.rows, strict=True):
+            if sequence.status is not Status.FINISHED:
+                sequence.counters.history.append(slots[row])
         if result.reads is not None:
             total = result.reads.sum(1).sum(2)
-            reads, bounds = (total - self._reads).tolist()
+            chosen = (total - self._reads).T.tolist()
             self._reads = total
-            for sequence in running:
-                row = sequence.row_()
-                sequence.counters.choose(reads[row], bounds[row])
+            for sequence, row in zip(step.decodes, step.rows, strict=True):
+                if sequence.status is not Status.FINISHED:
+                    sequence.counters.chosen.extend(chosen[row])
         for chunk in step.chunks:
             if chunk.sequence.status is not Status.FINISHED:
                 counters, over = chunk.sequence.counters, bool(chunk.samples)
@@ -285,7 +308,7 @@ class Engine:
             for child in alive[:count]:
                 scheduler.start(child, scheduler.free_rows[-1])
                 self.runner.assign(child)
-            scheduler.ledger.refresh(*self.runner.account())
+            self._refresh()
 
     def _swap_out(self, sequence: Sequence) -> None:
         self.preemptions += 1
@@ -295,16 +318,16 @@ class Engine:
         self.runner.release([row])
         sequence.status = Status.SWAPPED
         self.scheduler.add(sequence)
-        self.scheduler.ledger.refresh(*self.runner.account())
+        self._refresh()
 
     def _swap_in(self, sequence: Sequence, row: int) -> None:
-        assert sequence.swapped is not None
-        self.runner.swap_in(row, sequence.swapped)
+        swapped, sequence.swapped = sequence.swapped, None
+        assert swapped is not None
+        self.runner.swap_in(row, swapped)
+        self.scheduler.ledger.filled(row, swapped.lengths.numpy(), swapped.pages)
         self.scheduler.remove(sequence)
         self.scheduler.start(sequence, row)
         self.runner.assign(sequence)
-        sequence.swapped = None
-        self.scheduler.ledger.refresh(*self.runner.account())
 
     def _keep(self, sequence: Sequence) -> None:
         state = sequence.swapped if sequence.row is None else self.runner.swap_out(sequence.row)
@@ -321,7 +344,7 @@ class Engine:
             decode = decoder(self.tokenizer, skip_special_tokens=request.params.skip_special_tokens)
             sequence.detokenizer = Detokenizer(decode, sequence.tokens, prompt=len(request.prompt))
         if status is Status.SWAPPED and session is not None:
-            sequence.placed = sequence.counters.seen = session.placed
+            sequence.placed = sequence.counters.prompt_seen = session.placed
             sequence.swapped = session.state
         return sequence
 

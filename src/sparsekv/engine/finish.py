@@ -14,12 +14,15 @@ Decode = Callable[[int], str | None]
 
 def append_token(sequence: Sequence, token: int, logprobs: TokenLogprobs | None, decode: Decode) -> None:
     """Add a sampled token; sets finish_reason, stop_reason and, where a stop string cuts it, text."""
-    request, params = sequence.request, sequence.request.params
-    sequence.tokens.append(token)
+    request, tokens = sequence.request, sequence.tokens
+    tokens.append(token)
+    if request.plain and token not in request.stop_ids and len(tokens) < request.longest:
+        return  # nearly all: every further line here costs a step of thousands of samples
+    params = request.params
     if params.logprobs is not None and logprobs is not None:
         sequence.logprobs.append(by_token(token, logprobs, params.logprobs, decode))
         sequence.cumulative_logprob += logprobs[0]
-    count = len(sequence.tokens) - len(request.prompt)
+    count = len(tokens) - len(request.prompt)
     if token in request.stop_ids and count >= params.min_tokens:
         sequence.finish_reason = "stop"
         sequence.stop_reason = token if token in (params.stop_token_ids or ()) else None

@@ -28,6 +28,7 @@ def _batch(count: int, **fields: object) -> SamplingBatch:
         "penalties": None,
         "rows": torch.zeros(count, dtype=torch.int64),
         "logprobs": None,
+        "limited": False,
     }
     return SamplingBatch(**(settings | fields))
 

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,8 @@ class _Device:
         self.keep = self.rng.uniform(0.1, 1.0, self.lengths.shape[::2])
         if budget is not None:
             self.keep[:] = 1.0
-        self.flight: list[RunStep] = []
+        self.flight: list[tuple[RunStep, np.ndarray, int]] = []
+        """Steps, and what each left."""
         self.read_back: Counter[Sequence] = Counter()
 
     @property
@@ -99,29 +101,40 @@ class _Device:
             if chunk.samples and self.budget is not None:
                 self.lengths[:, chunk.sequence.row] = np.minimum(self.lengths[:, chunk.sequence.row], self.budget)
         self.scheduler.issued(step)
-        self.flight.append(step)
+        self.flight.append((step, self.lengths.copy(), self.free))
 
     def settle(self) -> list[Sequence]:
         """Read back the oldest step; returns the sequences that it finished."""
-        step = self.flight.pop(0)
+        step, lengths, free = self.flight.pop(0)
         self.read_back.update(step.samples)
-        self.scheduler.ledger.settle(self.lengths.copy(), self.free)
-        self.scheduler.observe_ratio(self.lengths.sum((0, 2)))
+        self.scheduler.ledger.settle(lengths, free)
+        self.scheduler.observe_ratio(lengths.sum((0, 2)))
         return [s for s in step.samples if self.read_back[s] == s.request.most_new]
 
-    def act(self, action: SwapIn | SwapOut) -> None:
-        sequence = action.sequence
-        if isinstance(action, SwapOut):
-            row = self.scheduler.remove(sequence)
-            sequence.swapped = _Swapped(self.lengths[:, row].copy())  # type: ignore[assignment]
-            self.lengths[:, row] = 0
-            sequence.status = Status.SWAPPED
-            self.scheduler.add(sequence)
-        else:
-            self.scheduler.remove(sequence)
-            self.scheduler.start(sequence, action.row)
-            self.lengths[:, action.row] = sequence.swapped.numpy()  # type: ignore[union-attr]
+    def swap_out(self, sequence: Sequence) -> None:
+        assert not self.flight
+        row = self.scheduler.remove(sequence)
+        sequence.swapped = _Swapped(self.lengths[:, row].copy())  # type: ignore[assignment]
+        self.lengths[:, row] = 0
+        sequence.status = Status.SWAPPED
+        self.scheduler.add(sequence)
         self.refresh()
+
+    def swap_in(self, sequence: Sequence, row: int) -> None:
+        """Behind what is in flight."""
+        self.scheduler.remove(sequence)
+        self.scheduler.start(sequence, row)
+        swapped: Any = sequence.swapped
+        self.lengths[:, row] = swapped.numpy()
+        assert self.free >= 0, "the pool ran dry"
+        self.scheduler.ledger.filled(row, swapped.numpy(), swapped.pages)
+
+    def end(self, sequence: Sequence) -> None:
+        """Behind what is in flight."""
+        row = self.scheduler.remove(sequence)
+        if row is not None:
+            self.lengths[:, row] = 0
+            self.scheduler.ledger.emptied([row])
 
 
 @pytest.mark.parametrize("newcomer", [Status.WAITING, Status.SWAPPED])
@@ -162,23 +175,22 @@ def test_everything_finishes_and_the_pool_never_runs_dry(seed: int, ahead: int) 
         match action:
             case RunStep():
                 device.run(action)
-            case SwapIn() | SwapOut():
-                assert not device.flight
-                device.act(action)
+            case SwapOut(sequence=sequence):
+                device.swap_out(sequence)
+            case SwapIn(rows=rows):
+                for sequence, row in rows:
+                    device.swap_in(sequence, row)
             case GiveUp(sequence=sequence):
                 given_up.append(sequence)
         finished = [action.sequence] if isinstance(action, GiveUp) else []
         while len(device.flight) > (0 if isinstance(action, Settle) else ahead):
             finished += device.settle()
-        if finished:
-            while device.flight:
-                finished += device.settle()
-            for sequence in finished:
-                row = scheduler.remove(sequence)
-                if row is not None:
-                    device.lengths[:, row] = 0
+        for sequence in finished:
+            device.end(sequence)
+        done += finished
+        if not device.flight:
             device.refresh()
-            done += finished
+        assert scheduler.ledger.available() <= device.free
         if isinstance(action, Idle) and not todo:
             break
     assert len(done) == 12

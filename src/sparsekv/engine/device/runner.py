@@ -24,11 +24,12 @@ from sparsekv.engine.device.graphs import DecodeGraphs
 from sparsekv.engine.device.history import TokenHistory
 from sparsekv.engine.device.limits import banned, forced
 from sparsekv.engine.device.regions import CompiledForward
-from sparsekv.engine.device.sampler import SamplingBatch, logprobs_of, sample, sampling_batch, upload
+from sparsekv.engine.device.sampler import SamplingBatch, logprobs_of, sample, sampling_batch
 from sparsekv.engine.schedule.ledger import Lengths
 from sparsekv.engine.schedule.request import Sequence
 from sparsekv.engine.schedule.scheduler import Chunk, RunStep
 from sparsekv.ops.layout import Batch
+from sparsekv.ops.upload import upload
 
 LOGPROBS = ("logprob", "rank", "top", "ids")
 """What sampler.logprobs_of gives."""
@@ -108,12 +109,12 @@ class Runner:
     @torch.no_grad()
     def execute(self, step: RunStep) -> Pending:
         """Enqueue a step. Returns at once on a GPU."""
-        decodes, chunks, samples = step.decodes, step.chunks, step.samples
-        flat = [s.row_() for s in decodes] + [s.placed for s in decodes] + [s.total for s in samples]
-        rows, positions, targets = upload(flat, torch.int64, self.device).split(
-            [len(decodes), len(decodes), len(samples)]
-        )
-        most = max((s.placed + 1 for s in decodes), default=1)
+        chunks, samples, count = step.chunks, step.samples, len(step.decodes)
+        placed = np.array([s.placed for s in step.decodes], dtype=np.int64)
+        started = [s.total for s in samples[count:]]
+        flat = torch.from_numpy(np.concatenate([step.rows, placed, placed + 1, started]).astype(np.int64))
+        rows, positions, targets = upload(flat, torch.int64, self.device).split([count, count, len(samples)])
+        most = int(placed.max(initial=0)) + 1
         logits = self._logits(rows, positions, chunks, most=most)
         scored = sum(chunk.scored for chunk in chunks)
         logits, prompts = logits[: len(logits) - scored], logits[len(logits) - scored :]
@@ -207,12 +208,13 @@ class Runner:
                 self._load_history(chunk.sequence)
         if len(logits) < len(samples):  # several samples start from one prompt
             logits = logits[upload(_sources(samples), torch.int64, self.device)]
-        batch = self._sampling_batch(samples)
-        limits = {"banned": self._upload_pairs(banned(samples)), "forced": self._upload_pairs(forced(samples))}
+        batch, limits = self._sampling_batch(samples), {}
+        if batch.limited:
+            limits = {"banned": self._upload_pairs(banned(samples)), "forced": self._upload_pairs(forced(samples))}
         sampled = sample(logits, batch, positions=positions, history=self.history, **limits)
         rows, tokens = batch.rows, sampled.tokens
-        owners = [i for i, s in enumerate(samples) if s.row is not None]
-        if len(owners) < len(samples):
+        if any(len(chunk.samples) > 1 for chunk in chunks):
+            owners = [i for i, s in enumerate(samples) if s.row is not None]
             index = upload(owners, torch.int64, self.device)
             rows, tokens = rows[index], tokens[index]
         self.last_token[rows] = tokens
@@ -229,7 +231,7 @@ class Runner:
         return {f"prompt {name}": x for name, x in zip(LOGPROBS, logprobs_of(logits, tokens, count), strict=True)}
 
     def _sampling_batch(self, samples: list[Sequence]) -> SamplingBatch:
-        if self._batch is None or self._batch[0] != samples or any(s.row is None for s in samples):
+        if self._batch is None or self._batch[0] != samples:
             self._batch = samples, sampling_batch(samples, self.device)
         return self._batch[1]
 
@@ -256,9 +258,9 @@ class Runner:
 
     @torch.no_grad()
     def release(self, rows: list[int]) -> None:
-        """Free the pages of rows."""
+        """Free the pages of rows, behind the steps in flight. Returns at once on a GPU."""
         self._batch = None
-        self.ragged.release(torch.tensor(rows, device=self.device))
+        self.ragged.release(upload(rows, torch.int64, self.device))
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -284,7 +286,7 @@ class Runner:
 
     @torch.no_grad()
     def swap_in(self, row: int, swapped: SwappedRow) -> None:
-        """Fill an empty row from host memory."""
+        """Fill an empty row from host memory, behind the steps in flight. Returns at once on a GPU."""
         swap_in(self.ragged, row, swapped)
 
     def account(self) -> tuple[Lengths, int]:

@@ -6,13 +6,18 @@ nothing.
 """
 
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsekv.engine.device.history import TokenHistory
 from sparsekv.engine.schedule.request import Sequence
 from sparsekv.ops.draw import draw
+from sparsekv.ops.upload import upload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,8 @@ class SamplingBatch:
     """int64 [S]: the row whose history counts, that of its request's first sample where it has none yet."""
     logprobs: int | None
     """The largest number of log-probabilities asked for."""
+    limited: bool
+    """Whether some tokens may be banned or forced (device.limits)."""
     bias: tuple[Tensor, Tensor, Tensor] | None = None
     """logit_bias: sample and token int64, value float32, [those]."""
 
@@ -51,27 +58,36 @@ class Sampled:
 
 def sampling_batch(sequences: list[Sequence], device: torch.device) -> SamplingBatch:
     """The parameters of these samples."""
-    params = [s.request.params for s in sequences]
-    trunks = [s if s.row is not None else s.request.sequences[0] for s in sequences]
-    penalised = [i for i, p in enumerate(params) if p.penalised]
-    wanted = [p.logprobs for p in params if p.logprobs is not None]
-    integers = [(s.request.seed, s.index, t.row_(), p.top_k) for s, t, p in zip(sequences, trunks, params, strict=True)]
-    seed, index, rows, top_k = (x.contiguous() for x in upload(integers, torch.int64, device).unbind(-1))
-    floats = [(p.temperature, p.min_p, p.top_p) for p in params]
-    temperature, min_p, top_p = (x.contiguous() for x in upload(floats, torch.float32, device).unbind(-1))
-    bias = [(i, t, b) for i, p in enumerate(params) for t, b in (p.logit_bias or {}).items()]
-    penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params if p.penalised]
+    groups = [(request, len(list(each))) for request, each in groupby(sequences, attrgetter("request"))]
+    requests, counts = [request for request, _ in groups], [count for _, count in groups]
+    params = [request.params for request in requests]
+    integers = _each(np.array([(r.seed, r.params.top_k) for r in requests], dtype=np.int64), counts, device)
+    floats = _each(np.array([(p.temperature, p.min_p, p.top_p) for p in params], dtype=np.float32), counts, device)
+    rows = [s.row if s.row is not None else s.request.sequences[0].row_() for s in sequences]
+    index, row = upload([[s.index for s in sequences], rows], torch.int64, device)
+    rare = any(p.penalised or p.logit_bias for p in params)
+    own = list(enumerate(s.request.params for s in sequences)) if rare else []
+    penalised = [i for i, p in own if p.penalised]
+    bias = [(i, t, b) for i, p in own for t, b in (p.logit_bias or {}).items()]
+    penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for _, p in own if p.penalised]
     return SamplingBatch(
-        seed=seed,
+        seed=integers[0],
         index=index,
-        temperature=None if all(p.greedy for p in params) else temperature,
-        filters=(min_p, top_k, top_p) if any(p.filtered for p in params) else None,
+        temperature=None if all(p.greedy for p in params) else floats[0],
+        filters=(floats[1], integers[1], floats[2]) if any(p.filtered for p in params) else None,
         bias=_bias(bias, device) if bias else None,
         penalised=upload(penalised, torch.int64, device) if penalised else None,
         penalties=upload(penalties, torch.float32, device).T if penalised else None,
-        rows=rows,
-        logprobs=max(wanted) if wanted else None,
+        rows=row,
+        logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
+        limited=any(p.min_tokens or p.thinking for p in params),
     )
+
+
+def _each(columns: NDArray, counts: list[int], device: torch.device) -> Tensor:
+    """columns: [requests, n]. Returns [n, samples]: each request's once for each of its samples."""
+    host = torch.from_numpy(np.repeat(columns.T, counts, axis=1))
+    return upload(host, host.dtype, device)
 
 
 def sample(
@@ -119,10 +135,3 @@ def logprobs_of(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Ten
     rank = (logprobs > chosen).sum(-1) + 1
     top, ids = logprobs.topk(min(count, logits.shape[-1]), dim=-1)
     return chosen[:, 0], rank, top, ids
-
-
-def upload(data: list | tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor from host data, without waiting for the device."""
-    if device.type != "cuda":
-        return torch.tensor(data, dtype=dtype, device=device)
-    return torch.tensor(data, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

@@ -8,7 +8,7 @@ prompt on; the prompt itself it reads densely.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,16 @@ class Caps:
     """Of a sequence."""
 
 
+@dataclass(kw_only=True)
+class _Issued:
+    """A step in flight, and what has been done to rows behind it, which its report knows nothing of."""
+
+    decodes: list[int]
+    chunks: dict[int, int]
+    changes: list[tuple[list[int], Lengths | int, int]] = field(default_factory=list)
+    """Rows, what each head holds since (int32 [layers, 1, kv_heads], or 0), and the pages taken for it."""
+
+
 class Ledger:
     """lengths: int32 [layers, rows, kv_heads] as last reported; free: pages then free."""
 
@@ -46,33 +56,56 @@ class Ledger:
         self._held = _by_layer(caps.held(0, caps.max_tokens))
         self._prompts = np.zeros(rows, dtype=np.int32)
         self._decodes = np.zeros(rows, dtype=np.int32)
-        self._in_flight: deque[tuple[list[int], dict[int, int]]] = deque()
+        self._in_flight: deque[_Issued] = deque()
+        self._left: Lengths | None = None
+        """Slots left in the last page of each head, once someone has asked; lengths' shape."""
 
     def issue(self, decodes: list[int], chunks: dict[int, int]) -> None:
         """A step that places a token in each row of decodes, and chunks[row] tokens of a prompt in others, has been
         given to the device."""
-        self._in_flight.append((decodes, chunks))
+        self._in_flight.append(_Issued(decodes=decodes, chunks=chunks))
         self._decodes[decodes] += 1
         for row, count in chunks.items():
             self._prompts[row] += count
 
     def settle(self, lengths: Lengths, free: int) -> None:
         """The oldest step in flight is done, and left this."""
-        self.lengths, self.free = lengths, free
-        decodes, chunks = self._in_flight.popleft()
-        self._decodes[decodes] -= 1
-        for row, count in chunks.items():
+        self.lengths, self.free, self._left = lengths, free, None
+        step = self._in_flight.popleft()
+        self._decodes[step.decodes] -= 1
+        for row, count in step.chunks.items():
             self._prompts[row] -= count
+        for rows, held, pages in step.changes:
+            self._change(rows, held, pages)
 
     def refresh(self, lengths: Lengths, free: int) -> None:
-        """Rows were freed, forked or swapped while no step was in flight."""
+        """What the device holds while no step is in flight."""
         assert not self._in_flight
-        self.lengths, self.free = lengths, free
+        self.lengths, self.free, self._left = lengths, free, None
+
+    def emptied(self, rows: list[int]) -> None:
+        """Rows were emptied behind what is in flight. Others may own some of their pages, so all count as taken until a
+        later step, or `refresh`, tells how many are free."""
+        self._change_behind(rows, 0, 0)
+
+    def filled(self, row: int, lengths: Lengths, pages: int) -> None:
+        """An empty row was filled behind what is in flight: lengths int32 [layers, kv_heads], in so many pages."""
+        self._change_behind([row], lengths[:, None], pages)
+
+    def _change_behind(self, rows: list[int], held: Lengths | int, pages: int) -> None:
+        self._change(rows, held, pages)
+        for step in self._in_flight:
+            step.changes.append((rows, held, pages))
+
+    def _change(self, rows: list[int], held: Lengths | int, pages: int) -> None:
+        self.lengths[:, rows], self._left = held, None
+        self.free -= pages
 
     def available(self) -> int:
         """Pages that are surely free, whatever the steps in flight take."""
-        rows = (self._prompts + self._decodes).nonzero()[0]
-        return self.free - int((self._pages(self._bound(rows)) - self._pages(self.lengths[:, rows])).sum())
+        prompts, decodes = self._prompts.nonzero()[0], (self._decodes * (self._prompts == 0)).nonzero()[0]
+        taken = (self._pages(self._bound(prompts)) - self._pages(self.lengths[:, prompts])).sum()
+        return self.free - int(taken + self._taken(decodes, self._decodes[decodes]).sum())
 
     def surely_fits(self, rows: int) -> bool:
         """Whether a decode step of so many rows fits even where it, and all in flight, take a page a head. Cheap; not
@@ -81,10 +114,27 @@ class Ledger:
         steps = rows + int(self._decodes.sum())
         return self.free >= self.heads * (steps + prompts)
 
-    def growth(self, rows: list[int], decodes: int) -> int:
+    def growth(self, rows: Sequence[int] | NDArray[np.int64], decodes: int) -> int:
         """The pages that `rows` take at most in so many more decode steps."""
-        before, after = self._bound(rows), self._bound(rows, decodes=decodes)
-        return int((self._pages(after) - self._pages(before)).sum())
+        rows = np.asarray(rows, dtype=np.int64)
+        now = self._decodes[rows]
+        if self._prompts[rows].any() or now.max(initial=0) + decodes > self.page_size:
+            before, after = self._bound(rows), self._bound(rows, decodes=decodes)
+            return int((self._pages(after) - self._pages(before)).sum())
+        return int((self._taken(rows, now + decodes) - self._taken(rows, now)).sum())
+
+    def _taken(self, rows: NDArray[np.int64], decodes: NDArray[np.int32]) -> NDArray[np.int32]:
+        """int32 [n]: the pages that each of `rows` takes at most in so many decode steps (int32 [n], at most a page's
+        tokens) after what was reported. A head takes one where its last page has fewer slots left, unless that page
+        holds all it will ever hold."""
+        if self._left is None:
+            slots = self._pages(self.lengths) * np.int32(self.page_size)
+            self._left = np.where(slots < self._held, slots - self.lengths, np.int32(self.page_size))
+        found = np.zeros(len(rows), dtype=np.int32)
+        for count in np.unique(decodes[decodes > 0]).tolist():
+            each = (self._left < count).sum(0, dtype=np.int32).sum(1, dtype=np.int32)
+            found += np.where(decodes == count, each[rows], np.int32(0))
+        return found
 
     def growth_of_prompt(self, row: int, tokens: int) -> int:
         """The pages that a row takes at most in `tokens` more tokens of its prompt."""

@@ -36,43 +36,57 @@ class Status(Enum):
 @dataclass(kw_only=True)
 class Counters:
     """What a sample has placed, in tokens, and held and read, in slots (bounds: pages) summed over layers and heads: of
-    the steps that have been read back, up to the one that finished it."""
+    the steps that have been read back, up to the one that finished it.
 
-    seen: int = 0
-    reads: int = 0
-    bounds: int = 0
-    held: int = 0
-    peak: int = 0
-    started: tuple[int, int] = (0, 0)
-    """seen and peak when the prompt was over."""
+    A decode step only appends to `history`, and to `chosen`; they are summed up when someone asks.
+    """
+
+    prompt_seen: int = 0
+    prompt_held: int = 0
+    prompt_peak: int = 0
     history: "array[int]" = field(default_factory=lambda: array("q"))
-    """`held` when the prompt was over, then after each decode step."""
+    """What was held when the prompt was over, then after each decode step, which read all of it."""
     chosen: "array[int]" = field(default_factory=lambda: array("q"))
-    """What each decode step read, and its bounds, where that is not `held`."""
+    """What each decode step read, and its bounds, where the policy chooses."""
+    _summed: tuple[int, int, int, int] = (1, 0, 0, 0)
+    """How many entries of `history` the sums know; reads, bounds and peak of those."""
 
     def read_prompt(self, tokens: int, *, held: int, peak: int = 0, over: bool) -> None:
         """A chunk left `held`; peak: held for a while in between; over: it was the last."""
-        self.seen += tokens
-        self.held = held
-        self.peak = max(self.peak, held, peak)
+        self.prompt_seen += tokens
+        self.prompt_held = held
+        self.prompt_peak = max(self.prompt_peak, held, peak)
         if over:
-            self.started = self.seen, self.peak
             self.history.append(held)
 
-    def decode(self, held: int) -> None:
-        """A step placed a token, left `held` and read all of it."""
-        self.seen += 1
-        self.held = held
-        self.reads += held
-        if held > self.peak:
-            self.peak = held
-        self.history.append(held)
+    @property
+    def seen(self) -> int:
+        return self.prompt_seen + max(len(self.history) - 1, 0)
 
-    def choose(self, read: int, bounds: int) -> None:
-        """The step just counted read this instead."""
-        self.reads += read - self.held
-        self.bounds += bounds
-        self.chosen.extend((read, bounds))
+    @property
+    def held(self) -> int:
+        return self.history[-1] if self.history else self.prompt_held
+
+    @property
+    def reads(self) -> int:
+        return self._sums()[1]
+
+    @property
+    def bounds(self) -> int:
+        return self._sums()[2]
+
+    @property
+    def peak(self) -> int:
+        return max(self.prompt_peak, self._sums()[3])
+
+    def _sums(self) -> tuple[int, int, int, int]:
+        known, reads, bounds, peak = self._summed
+        new = self.history[known:]
+        if new:
+            chosen = self.chosen[2 * (known - 1) :]
+            reads += sum(chosen[::2] if self.chosen else new)
+            self._summed = len(self.history), reads, bounds + sum(chosen[1::2]), max(peak, *new)
+        return self._summed
 
     def copy(self) -> "Counters":
         return replace(self, history=self.history[:], chosen=self.chosen[:])
@@ -81,8 +95,9 @@ class Counters:
         """The history once nothing is added to it any more."""
         if not self.history:
             return None
-        seen, peak = self.started
-        return KVHistory(seen=seen, prompt_peak=peak, held=self.history, chosen=self.chosen, heads=heads)
+        return KVHistory(
+            seen=self.prompt_seen, prompt_peak=self.prompt_peak, held=self.history, chosen=self.chosen, heads=heads
+        )
 
 
 @dataclass(eq=False, kw_only=True)
@@ -182,6 +197,14 @@ class Request:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     sequences: list[Sequence] = field(default_factory=list)
+    plain: bool = field(init=False)
+    """Whether a token is nothing but its id: no text is watched and no log-probabilities are wanted."""
+    longest: int = field(init=False)
+    """Tokens that each sample may have at most, the prompt's included."""
+
+    def __post_init__(self) -> None:
+        self.plain = not self.params.stops and self.params.logprobs is None
+        self.longest = len(self.prompt) + self.most_new
 
     @property
     def finished(self) -> bool:

@@ -10,6 +10,7 @@ It decides and does nothing: no torch here. The engine carries out an action and
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,12 @@ class RunStep:
     decodes: list[Sequence] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
 
-    @property
+    @cached_property
+    def rows(self) -> list[int]:
+        """Of the decodes."""
+        return [s.row_() for s in self.decodes]
+
+    @cached_property
     def samples(self) -> list[Sequence]:
         """The sequences that get a token, in order: decodes, then every sample of each prompt that is complete."""
         return self.decodes + [s for chunk in self.chunks for s in chunk.samples]
@@ -58,8 +64,8 @@ class SwapOut:
 
 @dataclass(frozen=True, kw_only=True)
 class SwapIn:
-    sequence: Sequence
-    row: int
+    rows: list[tuple[Sequence, int]]
+    """Each with the row that it gets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,15 +127,15 @@ class Scheduler:
 
     def issued(self, step: RunStep) -> None:
         """The step has been given to the device."""
-        samples = step.samples
         chunks = {c.sequence.row_(): c.count for c in step.chunks}
-        self.ledger.issue([s.row_() for s in step.decodes], chunks)
+        self.ledger.issue(step.rows, chunks)
         for sequence in step.decodes:
             sequence.placed += 1
+            sequence.sampled += 1
         for chunk in step.chunks:
             chunk.sequence.placed += chunk.count
-        for sequence in samples:
-            sequence.sampled += 1
+            for sequence in chunk.samples:
+                sequence.sampled += 1
 
     def observe_ratio(self, held: NDArray[np.int64]) -> None:
         """Update the expected ratio from what the running sequences hold: slots of each row, over layers and heads."""
@@ -148,18 +154,22 @@ class Scheduler:
     # What to do next
 
     def decide(self, *, in_flight: bool) -> Action:
-        """The next action. in_flight: a step is not read back yet; then only a RunStep may follow it."""
+        """The next action. in_flight: a step is not read back yet; then only a RunStep or a SwapIn may follow it."""
         ready = [s for s in self.running if s.ready]
+        step = RunStep(decodes=ready)
         if ready and not self._more_to_do(ready) and self.ledger.surely_fits(len(ready)):
-            return RunStep(decodes=ready)
-        free = self.ledger.available() - self.ledger.growth([s.row_() for s in ready], 1)
+            return step
+        rows = np.array(step.rows, dtype=np.int64)
+        now = self.ledger.growth(rows, 1)
+        free = self.ledger.available() - now
         if free < 0:
             return self._make_room(in_flight)
-        if self.swapped and self._fits_swapped(free):
-            return Settle() if in_flight else SwapIn(sequence=self.swapped[0], row=self.free_rows[-1])
-        chunks = self._chunks(ready, free)
-        if ready or chunks:
-            return RunStep(decodes=ready, chunks=chunks)
+        if back := self._fitting(free):
+            return SwapIn(rows=back)
+        if self.waiting or len(ready) < len(self.running):
+            step.chunks.extend(self._chunks(ready, free + now - self.ledger.growth(rows, 2)))
+        if ready or step.chunks:
+            return step
         if in_flight:
             return Settle()
         if self.running:
@@ -168,7 +178,7 @@ class Scheduler:
 
     def _more_to_do(self, ready: list[Sequence]) -> bool:
         """Whether anything but decodes may come into the next step, or before it."""
-        if self.swapped or (self.waiting and self.free_rows):
+        if self.free_rows and (self.swapped or self.waiting):
             return True
         return len(ready) < len(self.running) and not all(s.decoding for s in self.running)
 
@@ -185,22 +195,27 @@ class Scheduler:
             return SwapOut(sequence=self.running[-1])
         return GiveUp(sequence=self.running[0])
 
-    def _fits_swapped(self, free: int) -> bool:
-        sequence = self.swapped[0]
-        if not self.free_rows or sequence.swapped is None:
-            return False
-        step = self.ledger.growth_from(sequence.swapped.lengths.numpy(), 1)
-        return sequence.swapped.pages + max(step, self._reserve()) <= free
+    def _fitting(self, free: int) -> list[tuple[Sequence, int]]:
+        """Those that come back from host memory, the first first, and their rows. free: beyond the next step."""
+        found: list[tuple[Sequence, int]] = []
+        for sequence, row in zip(self.swapped, reversed(self.free_rows), strict=False):
+            assert sequence.swapped is not None
+            step = self.ledger.growth_from(sequence.swapped.lengths.numpy(), 1)
+            if sequence.swapped.pages + max(step, self._reserve(len(found))) > free:
+                break
+            free -= sequence.swapped.pages + step
+            found.append((sequence, row))
+        return found
 
-    def _reserve(self) -> int:
-        """Pages that a newcomer must leave free: one per head for each sequence that runs, and for itself."""
-        return self.ledger.heads * (len(self.running) + 1) if self.running else 0
+    def _reserve(self, more: int = 0) -> int:
+        """Pages that a newcomer must leave free: one per head for each sequence that runs, or is let in before it, and
+        for itself."""
+        running = len(self.running) + more
+        return self.ledger.heads * (running + 1) if running else 0
 
-    def _chunks(self, ready: list[Sequence], free: int) -> list[Chunk]:
-        if not self.waiting and len(ready) == len(self.running):
-            return []
-        rows, budget, chunks = [s.row_() for s in ready], self.max_tokens - len(ready), []
-        spare = free + self.ledger.growth(rows, 1) - self.ledger.growth(rows, 2)
+    def _chunks(self, ready: list[Sequence], spare: int) -> list[Chunk]:
+        """spare: the pages that are left when all that is ready has run twice."""
+        budget, chunks = self.max_tokens - len(ready), []
         expected, scored = 0, SCORED
         for sequence in [s for s in self.running if not s.decoding]:
             most = min(sequence.remaining, budget, scored if sequence.request.scored else budget)

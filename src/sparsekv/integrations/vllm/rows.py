@@ -16,7 +16,7 @@ from sparsekv.cache.pages import PagePool
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.integrations.vllm.accounts import Report
 from sparsekv.ops.layout import PoolExhausted
-from sparsekv.ops.release import release
+from sparsekv.ops.upload import upload
 from sparsekv.policies import Policy
 
 SHORTAGE = (
@@ -80,10 +80,7 @@ class Rows:
     def release(self, rows: list[int]) -> None:
         """Free rows that requests have left, before anything else of the step."""
         if rows:
-            host = torch.tensor(rows, dtype=torch.int64)
-            if self.device.type == "cuda":
-                host = host.pin_memory()
-            release(self.cache.tables(), host.to(self.device, non_blocking=True))
+            self.cache.release(upload(rows, torch.int64, self.device))
 
     def snapshot(self, step: int) -> None:
         """Start to copy what rows hold after `step`."""
