@@ -246,9 +246,9 @@ class Runner:
     def assign(self, sequence: Sequence) -> None:
         """The sequence's row has just been forked or swapped in: give the device what it needs to go on."""
         self._batch = None
-        self.ragged.samples[sequence.row_()] = sequence.index
+        self.ragged.samples[sequence.row_()].fill_(sequence.index)  # tensor[row] = number waits for the device
         if sequence.decoding:
-            self.last_token[sequence.row_()] = sequence.tokens[-1]
+            self.last_token[sequence.row_()].fill_(sequence.tokens[-1])
             if sequence.request.params.penalised:
                 self._load_history(sequence)
 
