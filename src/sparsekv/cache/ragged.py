@@ -21,7 +21,7 @@ class RaggedCache:
     windows: ring entries of each layer (0 = nothing is overwritten by the ring rule). rewrites: per layer, whether its
     policy may change any stored slot (default: none). states: per layer, what its policy remembers (cache.state); those
     of pages and slots must be the pool's too. pages: int32 [N, R, H, M]; lengths: int32 [N, R, H]; seen: int32 [N, R];
-    rings: per layer int32 [R, H, W]; samples: int64 [R + 1], which copy of its prompt a row is, 0 for nobody's copy.
+    rings: per layer int32 [R, H, W], views of blocks; samples: int64 [R + 1], which copy of its prompt a row is, 0 for nobody's copy.
     """
 
     def __init__(
@@ -41,10 +41,12 @@ class RaggedCache:
         self.pages = torch.zeros(n, rows, kv_heads, columns, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(n, rows, kv_heads, dtype=torch.int32, device=device)
         self.seen = torch.zeros(n, rows, dtype=torch.int32, device=device)
-        self.rings = [torch.zeros(rows, kv_heads, w, dtype=torch.int32, device=device) for w in windows]
+        self.blocks = _blocks(windows, kv_heads=kv_heads, rows=rows, device=device)
+        self.rings = self._rings()
         self.tickets = torch.zeros(rows, kv_heads, dtype=torch.int32, device=device)  # scratch of the decode kernel
         self.samples = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         self.rewrites = rewrites or [False] * n
+        self._rewritten = torch.tensor(self.rewrites, device=device)
         self.states = [[s for s in layer if s.kind == "row"] for layer in states or [()] * n]
         self.row_state = [{s.name: s.allocate(rows + 1, device=device) for s in layer} for layer in self.states]
 
@@ -140,7 +142,8 @@ class RaggedCache:
         for name in ("pages", "lengths", "seen"):
             setattr(self, name, change(getattr(self, name), 1))
         self.tickets = change(self.tickets, 0)
-        self.rings = [change(ring, 0) for ring in self.rings]
+        self.blocks = [(layers, change(block, 1)) for layers, block in self.blocks]
+        self.rings = self._rings()
         self.samples = _with_spare(self.samples, change)
         for tensors in self.row_state:
             tensors.update({name: _with_spare(tensor, change) for name, tensor in tensors.items()})
@@ -163,7 +166,9 @@ class RaggedCache:
         self.pages[:, target] = pages
         self.lengths[:, target] = self.lengths[:, source]
         self.seen[:, target] = self.seen[:, source]
-        for tensor in (*self.rings, self.samples, *(x for tensors in self.row_state for x in tensors.values())):
+        for _, block in self.blocks:
+            block[:, target] = block[:, source]
+        for tensor in (self.samples, *(x for tensors in self.row_state for x in tensors.values())):
             tensor[target] = tensor[source]
 
     def fork_cost(self, source: Tensor) -> int:
@@ -178,23 +183,40 @@ class RaggedCache:
         """
         size, columns = self.pool.page_size, self.pages.shape[-1]
         settled = torch.arange(columns, device=rows.device) < (self.lengths[:, rows] // size)[..., None]
-        for index, ring in enumerate(self.rings):
-            if ring.shape[-1]:
-                position = ring_positions(self.seen[index, rows], ring.shape[-1])
-                newest = position == self.seen[index, rows][:, None] - 1
-                entries = ring[rows]
-                open_ = (position >= 0)[:, None] & ((entries & 1).bool() | newest[:, None])
-                column = torch.where(open_, (entries >> 1) // size, columns).long()
-                padded = torch.nn.functional.pad(settled[index], (0, 1))
-                settled[index] = padded.scatter(-1, column, False)[..., :columns]
-            if self.rewrites[index]:
-                settled[index] = False
-        return settled
+        for layers, block in self.blocks:
+            seen, entries = self.seen[layers][:, rows], block[:, rows]
+            position = ring_positions(seen, block.shape[-1])
+            newest = position == seen[..., None] - 1
+            open_ = (position >= 0)[:, :, None] & ((entries & 1).bool() | newest[:, :, None])
+            column = torch.where(open_, (entries >> 1) // size, columns).long()
+            padded = torch.nn.functional.pad(settled[layers], (0, 1))
+            settled[layers] = padded.scatter(-1, column, False)[..., :columns]
+        return settled & ~self._rewritten[:, None, None, None]
+
+    def _rings(self) -> list[Tensor]:
+        """By layer, views of the blocks."""
+        none = self.lengths.new_zeros(*self.lengths.shape[1:], 0)
+        rings = [none] * len(self.seen)
+        for layers, block in self.blocks:
+            for place, layer in enumerate(layers.tolist()):
+                rings[layer] = block[place]
+        return rings
 
     def index_bytes(self) -> int:
         """Bytes of tables, lengths, rings and what policies remember of rows."""
         rows = [x for tensors in self.row_state for x in tensors.values()]
         return sum(x.numel() * x.element_size() for x in (self.pages, self.lengths, self.seen, *self.rings, *rows))
+
+
+def _blocks(windows: list[int], *, kv_heads: int, rows: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """For each size of ring: its layers, int64 [n], and their rings in one tensor, int32 [n, R, H, W], so that what
+    is done to rows is done to all layers at once."""
+    blocks = []
+    for window in sorted(set(windows) - {0}):
+        layers = [layer for layer, own in enumerate(windows) if own == window]
+        ring = torch.zeros(len(layers), rows, kv_heads, window, dtype=torch.int32, device=device)
+        blocks.append((torch.tensor(layers, device=device), ring))
+    return blocks
 
 
 def _with_spare(x: Tensor, change: Callable[[Tensor, int], Tensor]) -> Tensor:

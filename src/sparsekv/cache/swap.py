@@ -28,7 +28,7 @@ class SwappedRow:
     seen: Tensor
     """int32 [N]."""
     rings: list[Tensor]
-    """Per layer int32 [H, W]."""
+    """Per block of the cache's rings, int32 [n, H, W]."""
     pool_state: dict[str, Tensor]
     """What policies remember of those pages and their slots: [pages, ...]."""
     row_state: list[dict[str, Tensor]]
@@ -54,7 +54,7 @@ def swap_out(cache: RaggedCache, row: int) -> SwappedRow:
         kv=host,
         lengths=_host(cache.lengths[:, row]),
         seen=_host(cache.seen[:, row]),
-        rings=[_host(ring[row]) for ring in cache.rings],
+        rings=[_host(block[:, row]) for _, block in cache.blocks],
         pool_state={name: _host(tensor[ids]) for name, tensor in cache.pool.state.items()},
         row_state=[{name: _host(tensor[row]) for name, tensor in state.items()} for state in cache.row_state],
     )
@@ -77,8 +77,8 @@ def swap_in(cache: RaggedCache, row: int, swapped: SwappedRow) -> None:
     places = upload(owned.flatten().nonzero()[:, 0], torch.int64, device)
     table = cache.pages[:, row].flatten()
     cache.pages[:, row] = table.index_copy(0, places, ids.int()).view_as(cache.pages[:, row])
-    for ring, source in zip(cache.rings, swapped.rings, strict=True):
-        ring[row] = sent(source)
+    for (_, block), source in zip(cache.blocks, swapped.rings, strict=True):
+        block[:, row] = sent(source)
     for name, source in swapped.pool_state.items():
         cache.pool.state[name][ids] = sent(source)
     for state, source in zip(cache.row_state, swapped.row_state, strict=True):

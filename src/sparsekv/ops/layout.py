@@ -121,9 +121,10 @@ class LaterMarks:
 
 
 def ring_positions(seen: Tensor, window: int) -> Tensor:
-    """The position that each ring entry speaks of, negative where it speaks of none: seen [B] -> int32 [B, W]."""
+    """The position that each ring entry speaks of, negative where it speaks of none: seen [..., B] -> int32
+    [..., B, W]."""
     entry = torch.arange(window, device=seen.device, dtype=torch.int32)
-    last = seen[:, None] - 1
+    last = seen[..., None] - 1
     return last - (last - entry) % window
 
 

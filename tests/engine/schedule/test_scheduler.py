@@ -258,3 +258,29 @@ def test_the_ledger_bounds_what_is_taken() -> None:
     assert ledger.available() == 15 - 1 - 1
     ledger.settle(np.array([[[3, 5], [1, 9]]], dtype=np.int32), 13)
     assert ledger.available() == 13
+
+
+def test_samples_of_a_prompt_wait_for_rows_to_fork_into() -> None:
+    """A sixteenth of 32 rows at most: two of them, however many samples there are; nothing waits where nothing runs."""
+    scheduler = _scheduler(pages=10**6, rows=32, tokens=1000)
+    device = _Device(scheduler, seed=0)
+    singles = [_sequence(i, 2, 100) for i in range(31)]
+    for sequence in singles:
+        scheduler.add(sequence)
+    step = scheduler.decide(in_flight=False)
+    assert isinstance(step, RunStep) and len(step.chunks) == 31
+    device.run(step)
+    device.settle()
+    many = _sequence(31, 2, 100)
+    many.request.params = SamplingParams(n=4)
+    scheduler.add(many)
+    scheduler.add(_sequence(32, 2, 100))
+    step = scheduler.decide(in_flight=False)
+    assert isinstance(step, RunStep) and not step.chunks
+    device.run(step)
+    device.settle()
+    device.end(singles[0])
+    device.refresh()
+    step = scheduler.decide(in_flight=False)
+    assert isinstance(step, RunStep)
+    assert [chunk.sequence for chunk in step.chunks] == [many]

@@ -1,6 +1,7 @@
 """Which sequences run in the next step: continuous batching, chunked prefill, a token budget and a page budget.
 
-Decodes first, all of them; then prompts in order of arrival, in chunks of what the budgets leave. The pool cannot run
+Decodes first, all of them; then prompts in order of arrival, in chunks of what the budgets leave. A prompt of several
+samples starts when as many rows are free, a sixteenth of all at most, so that they fork on the device. The pool cannot run
 dry inside a step: each step is planned with the most pages that it can take. Where decodes alone do not surely fit, the
 latest sequence is swapped to host memory; it comes back before anything new is let in. A newcomer must leave each
 running sequence one page per head, which is a step of the worst case and the slack that keeps swaps rare.
@@ -94,6 +95,7 @@ class Scheduler:
 
     def __init__(self, ledger: Ledger, *, rows: int, max_tokens: int, ratio: float = 1.0) -> None:
         self.ledger = ledger
+        self.rows = rows
         self.max_tokens = max_tokens
         self.ratio = ratio
         self.best_ratio = ratio
@@ -226,8 +228,11 @@ class Scheduler:
                 spare -= self.ledger.growth_of_prompt(sequence.row_(), count)
                 budget -= count
                 scored -= chunks[-1].scored
+        promised = sum(_together(c.sequence, self.rows) - 1 for c in chunks)
         while self.waiting and budget > 0 and self.free_rows and not self.swapped:
             sequence = self.waiting[0]
+            if self.running and len(self.free_rows) - promised < _together(sequence, self.rows):
+                break
             if self.running and self._expected(sequence, 0) + expected + self._reserve() > spare:
                 break
             row = self.free_rows[-1]
@@ -238,6 +243,7 @@ class Scheduler:
             self.waiting.pop(0)
             self.start(sequence, row)
             expected += self._expected(sequence, count)
+            promised += _together(sequence, self.rows) - 1
             chunks.append(_chunk(sequence, count))
             spare -= self.ledger.growth_of_prompt(row, count)
             budget -= count
@@ -255,6 +261,11 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
     if count == sequence.remaining:
         samples = [sequence, *(s for s in sequence.request.sequences if s.status is Status.PENDING)]
     return Chunk(sequence=sequence, start=sequence.placed, count=count, samples=samples)
+
+
+def _together(sequence: Sequence, rows: int) -> int:
+    """The rows that a prompt's samples should find free."""
+    return min(sequence.request.params.n, max(1, rows // 16))
 
 
 def _priority(sequence: Sequence) -> tuple[int, int]:
