@@ -21,7 +21,8 @@ class RaggedCache:
     windows: ring entries of each layer (0 = nothing is overwritten by the ring rule). rewrites: per layer, whether its
     policy may change any stored slot (default: none). states: per layer, what its policy remembers (cache.state); those
     of pages and slots must be the pool's too. pages: int32 [N, R, H, M]; lengths: int32 [N, R, H]; seen: int32 [N, R];
-    rings: per layer int32 [R, H, W], views of blocks; samples: int64 [R + 1], which copy of its prompt a row is, 0 for nobody's copy.
+    rings: per layer int32 [R, H, W], views of blocks; samples: int64 [R + 1], which copy of its prompt a row is, 0 for
+    nobody's copy.
     """
 
     def __init__(

@@ -122,6 +122,7 @@ def serve(
     http: Annotated[bool, Option("--http", help="The server, over HTTP: on a CPU the embedded model.")] = False,
     ratios: Annotated[str, Option(help="With --http: compression ratios, with commas between.")] = "1,4,8",
     requests: Annotated[int | None, Option(help="With --http: requests of a load.", min=2)] = None,
+    commit: Annotated[str | None, Option(help="With --http: written to each line; default: what git says.")] = None,
     seed: _Seed = 0,
     as_json: _Json = False,
 ) -> None:
@@ -134,7 +135,7 @@ def serve(
     from sparsekv.bench.serve import WORKS, bench_serve, works_of
 
     if http:
-        _serve_http(ratios, requests=requests, seed=seed, as_json=as_json)
+        _serve_http(ratios, requests=requests, seed=seed, commit=commit, as_json=as_json)
         return
     works = WORKS if rows is None else works_of([name.strip() for name in rows.split(",")])
     if arrivals is not None:
@@ -147,7 +148,7 @@ def serve(
         sys.stdout.flush()  # a run that is cut short has shown what it has
 
 
-def _serve_http(ratios: str, *, requests: int | None, seed: int, as_json: bool) -> None:
+def _serve_http(ratios: str, *, requests: int | None, seed: int, commit: str | None, as_json: bool) -> None:
     """On a GPU the shape of Qwen3-8B with random weights, on a CPU the embedded model and its adapter."""
     from dataclasses import replace
 
@@ -168,7 +169,7 @@ def _serve_http(ratios: str, *, requests: int | None, seed: int, as_json: bool) 
     for ratio in wanted:
         here = replace(setup, ratio=ratio, requests=requests or setup.requests)
         device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
-        for result in bench_http(here, device=device, dtype=dtype, seed=seed):
+        for result in bench_http(here, device=device, dtype=dtype, seed=seed, commit=commit):
             typer.echo(json.dumps(result) if as_json else _http_text(result))
             sys.stdout.flush()
 
@@ -176,7 +177,7 @@ def _serve_http(ratios: str, *, requests: int | None, seed: int, as_json: bool) 
 def _http_text(result: dict[str, Any]) -> str:
     text = f"ratio {result['ratio']:g}, {result['load']}: {result['tokens_per_s']:,.1f} tokens per second"
     if result["load"] == "direct":
-        return text + " without HTTP"
+        return text + " by the engine alone"
     beside = f"HTTP costs {100 * result['http_cost']:.1f} %" if "http_cost" in result else ""
     beside = beside or f"{100 * result['of_peak']:.0f} % of the peak, {result['arrivals']:.2f} requests a second"
     first, gap = ((result[f"{name}_ms_p50"], result[f"{name}_ms_p99"]) for name in ("first", "gap"))

@@ -1,7 +1,7 @@
 """The server under load, over HTTP: throughput, times to the first token and between tokens, and what twice the load
 that it can bear does to it. Clients run in a process of their own.
 
-    direct     all requests at once through LLM.stream, without HTTP
+    direct     all requests at once through LLM.generate: the engine alone, without streams and HTTP
     peak       the same through HTTP: the most that it serves
     steady     requests at random moments (Poisson), at LOAD of the peak's rate
     twice      at twice the peak's rate: what is not refused must still be served, and as fast
@@ -9,7 +9,6 @@ that it can bear does to it. Clients run in a process of their own.
 Texts that come together are one moment: a gap is the time between two moments of one request.
 """
 
-import asyncio
 import json
 import random
 import subprocess
@@ -63,13 +62,16 @@ class Setup:
         return self.prompt[1] + self.output[1] + 16
 
 
-def bench_http(setup: Setup, *, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """A row for each of direct, peak, steady and twice."""
+def bench_http(
+    setup: Setup, *, device: torch.device, dtype: torch.dtype, seed: int = 0, commit: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """A row for each of direct, peak, steady and twice. commit: written to each; None = what git says."""
     llm, vocabulary = _engine(setup, device, dtype)
     service = Service(llm, ServerSettings(name=NAME, max_waiting=setup.rows, prefix_cache=0))
     server = DrainingServer(service, host="127.0.0.1", port=0)
     thread = threading.Thread(target=server.run, daemon=True)
     shared = {"bench": "serve-http", **asdict(setup), "seed": seed} | environment(device)
+    shared |= {"commit": commit} if commit else {}
     try:
         thread.start()
         while not server.started:
@@ -136,23 +138,14 @@ def _send(plan: Plan) -> list[Met]:
 
 
 def _direct(llm: LLM, plan: Plan) -> float:
-    """Tokens a second of the same requests, streamed without HTTP."""
-    draw, work = random.Random(plan.seed), []
+    """Tokens a second of the same requests by the engine alone."""
+    draw, prompts, params = random.Random(plan.seed), [], []
     for _ in range(plan.requests):
-        ids = [draw.randrange(plan.vocabulary) for _ in range(draw.randint(*plan.prompt))]
-        work.append((ids, SamplingParams(max_tokens=draw.randint(*plan.output), temperature=0, ignore_eos=True)))
-
-    async def one(ids: list[int], params: SamplingParams) -> int:
-        count = 0
-        async for output in llm.stream(ids, params):
-            count = len(output.outputs[0].token_ids)
-        return count
-
-    async def everything() -> int:
-        return sum(await asyncio.gather(*(one(*each) for each in work)))
-
+        prompts.append([draw.randrange(plan.vocabulary) for _ in range(draw.randint(*plan.prompt))])
+        params.append(SamplingParams(max_tokens=draw.randint(*plan.output), temperature=0, ignore_eos=True))
     begun = time.perf_counter()
-    return asyncio.run(everything()) / (time.perf_counter() - begun)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return sum(len(o.outputs[0].token_ids) for o in outputs) / (time.perf_counter() - begun)
 
 
 def _engine(setup: Setup, device: torch.device, dtype: torch.dtype) -> tuple[LLM, int]:

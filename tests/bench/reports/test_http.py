@@ -19,7 +19,7 @@ ROWS = [
 def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     text = rewritten(main, ROWS, tmp_path, block=BLOCK)
     assert text.startswith("smollm2-135m, a CPU, torch 2, commit abc, seed 0:")
-    assert "| 4 | all at once, no HTTP | 1,040 | - | - | - |" in text
+    assert "| 4 | all at once, the engine alone | 1,040 | - | - | - |" in text
     assert "| 4 | twice the peak | 800 | 10 (20) | 3 (5) | 7 of 48 |" in text
 
 

@@ -13,7 +13,7 @@ from sparsekv.markdown import rewrite, table
 BLOCK = "serve-http"
 
 LOADS = {
-    "direct": "all at once, no HTTP",
+    "direct": "all at once, the engine alone",
     "peak": "all at once",
     "steady": "0.7 of the peak",
     "twice": "twice the peak",

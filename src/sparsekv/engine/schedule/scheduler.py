@@ -1,10 +1,10 @@
 """Which sequences run in the next step: continuous batching, chunked prefill, a token budget and a page budget.
 
-Decodes first, all of them; then prompts in order of arrival, in chunks of what the budgets leave. A prompt of several
-samples starts when as many rows are free, a sixteenth of all at most, so that they fork on the device. The pool cannot run
+Decodes first, all of them; then prompts in order of arrival, in chunks of what the budgets leave. The pool cannot run
 dry inside a step: each step is planned with the most pages that it can take. Where decodes alone do not surely fit, the
 latest sequence is swapped to host memory; it comes back before anything new is let in. A newcomer must leave each
-running sequence one page per head, which is a step of the worst case and the slack that keeps swaps rare.
+running sequence one page per head, which is a step of the worst case and the slack that keeps swaps rare. A prompt of
+several samples starts when as many rows are free, a sixteenth of all at most, so that they fork on the device.
 
 It decides and does nothing: no torch here. The engine carries out an action and asks again.
 """
