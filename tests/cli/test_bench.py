@@ -169,6 +169,8 @@ def test_the_host_alone(run, monkeypatch):
     outcome = run("bench", "host", "--shape", "tiny", "--steps", 20, "--json")
     assert outcome.code == 0, outcome.err
     records = [json.loads(line) for line in outcome.out.splitlines()]
+    *records, last = records
+    assert (last["sequences"], last["ending"]) == (2048, 500) and last["ended"] > 0
     found = {(r["sequences"], r["output"], r["text"]): r["ms"] for r in records}
     assert set(found) == {(n, output, text) for n in (64, 256) for output in (0, 8192) for text in ("none", "stop")}
     assert min(found.values()) > 0

@@ -1,10 +1,12 @@
 """What the host does in a decode step: the engine over a device that answers at once.
 
 No model, no forward: scheduler, ledger, what a token does to its sequence, and the text where it is read at each token,
-for a stop string or for a stream. It must not grow with the output.
+for a stop string or for a stream. It must not grow with the output. With `ending`, sequences end at random after so
+many tokens in the mean, and others take their rows.
 """
 
 import itertools
+import random
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from sparsekv.engine.device.runner import StepResult
 from sparsekv.engine.engine import Engine
 from sparsekv.engine.params import SamplingParams
 from sparsekv.engine.schedule.ledger import Caps, Ledger
+from sparsekv.engine.schedule.request import Request
 from sparsekv.engine.schedule.scheduler import RunStep, Scheduler
 from sparsekv.provenance import environment
 
@@ -51,6 +54,15 @@ class StubRunner:
         )
         return SimpleNamespace(result=lambda: result)
 
+    def release(self, rows: list[int]) -> None:
+        """Empty rows."""
+        self.free += int((-(-self.lengths[:, rows] // PAGE_SIZE)).sum())
+        self.lengths[:, rows] = 0
+
+    def account(self) -> tuple[NDArray[np.int32], int]:
+        """Lengths and free pages."""
+        return self.lengths.copy(), self.free
+
     def grow(self, counts: NDArray[np.int32]) -> None:
         """Every head of row r takes counts[r] slots."""
         now = self.lengths[0, :, 0]
@@ -66,9 +78,12 @@ def letters_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw)
 
 
-def bench_host(shape: Shape, *, sequences: int, output: int, text: str, steps: int = 50) -> dict[str, Any]:
-    """Median milliseconds of a step of `sequences` sequences that have written `output` tokens each. text: of TEXTS."""
-    tokenizer, context = letters_tokenizer(), PROMPT + output + 2 * steps
+def bench_host(
+    shape: Shape, *, sequences: int, output: int, text: str = "none", ending: int | None = None, steps: int = 50
+) -> dict[str, Any]:
+    """Median and mean milliseconds of a step of `sequences` sequences that have written `output` tokens each. text: of
+    TEXTS; ending: tokens in the mean after which one ends; None = never."""
+    tokenizer, context = letters_tokenizer(), PROMPT + output + 2 * steps + 2 * (ending or 0)
     runner: Any = StubRunner(shape, rows=sequences, context=context, vocabulary=VOCABULARY)
     caps = Caps(
         in_prompt=[context] * shape.layers,
@@ -77,18 +92,23 @@ def bench_host(shape: Shape, *, sequences: int, output: int, text: str, steps: i
         max_tokens=context,
     )
     ledger = Ledger(caps=caps, rows=sequences, kv_heads=shape.kv_heads, page_size=PAGE_SIZE, pages=runner.pages)
-    scheduler = Scheduler(ledger, rows=sequences, max_tokens=sequences * PROMPT)
+    scheduler = Scheduler(ledger, rows=sequences, max_tokens=2 * sequences * PROMPT)
     engine = Engine(
         runner, scheduler, max_model_len=context, vocab=VOCABULARY, tokenizer=tokenizer, async_scheduling=True
     )
-    params = SamplingParams(max_tokens=None, temperature=0.0, **TEXTS[text])
-    requests = [engine.add([7] * PROMPT, params) for _ in range(sequences)]
-    while len(scheduler.running) < sequences or any(r.sequences[0].sampled < 2 for r in requests):
+    rng = random.Random(0)
+
+    def add() -> Request:
+        most = None if ending is None else output + rng.randint(1, 2 * ending)
+        return engine.add([7] * PROMPT, SamplingParams(max_tokens=most, temperature=0.0, **TEXTS[text]))
+
+    requests = [add() for _ in range(sequences)]
+    while scheduler.waiting or any(r.sequences[0].sampled < 2 for r in requests if not r.finished):
         engine.step()
     _write(engine, output)
     for _ in range(3):
         engine.step()
-    times = []
+    times, ended = [], 0
     for _ in range(steps):
         start = time.perf_counter()
         changed = engine.step()
@@ -96,8 +116,17 @@ def bench_host(shape: Shape, *, sequences: int, output: int, text: str, steps: i
             for request in changed:
                 request.output()
         times.append(1e3 * (time.perf_counter() - start))
+        for request in changed:
+            if request.finished:
+                ended += 1
+                add()
     found = {"bench": "host", "shape": shape.name, "sequences": sequences, "output": output, "text": text}
-    return found | {"ms": median(times), "worst_ms": max(times), **environment(torch.device("cpu"))}
+    found |= {"ending": ending, "ended": ended}
+    return (
+        found
+        | {"ms": median(times), "mean_ms": sum(times) / steps, "worst_ms": max(times)}
+        | environment(torch.device("cpu"))
+    )
 
 
 def _write(engine: Engine, tokens: int) -> None:

@@ -279,17 +279,22 @@ def host(
     as_json: _Json = False,
 ) -> None:
     """The engine's own work in a decode step, over a device that answers at once: 64 and 256 sequences, after 0 and
-    8,192 tokens of output, with text for a stop string, as streams, and without."""
+    8,192 tokens of output, with text for a stop string, as streams, and without; then 2,048 that end after 500 tokens
+    in the mean, and others take their rows."""
     from sparsekv.bench.host import TEXTS, bench_host
     from sparsekv.bench.shapes import shape_of
 
-    found = shape_of(shape)
-    for sequences in (64, 256):
-        for output in (0, 8192):
-            for text in TEXTS:
-                result = bench_host(found, sequences=sequences, output=output, text=text, steps=steps)
-                line = f"{result['ms']:.2f} ms a step of {sequences} sequences after {output} tokens, text: {text}"
-                typer.echo(json.dumps(result) if as_json else line)
+    works: list[dict[str, Any]] = [
+        {"sequences": sequences, "output": output, "text": text}
+        for sequences in (64, 256)
+        for output in (0, 8192)
+        for text in TEXTS
+    ]
+    for work in [*works, {"sequences": 2048, "output": 0, "ending": 500}]:
+        result = bench_host(shape_of(shape), **work, steps=steps)
+        line = f"{result['mean_ms']:.2f} ms a step of {result['sequences']} sequences after {result['output']} tokens"
+        line += f", text: {result['text']}" + (f"; {result['ended']} ended" if result["ending"] else "")
+        typer.echo(json.dumps(result) if as_json else line)
 
 
 def suite(

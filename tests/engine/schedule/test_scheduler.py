@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sparsekv.engine.params import SamplingParams
 from sparsekv.engine.schedule.ledger import Caps, Ledger
@@ -284,3 +286,35 @@ def test_samples_of_a_prompt_wait_for_rows_to_fork_into() -> None:
     step = scheduler.decide(in_flight=False)
     assert isinstance(step, RunStep)
     assert [chunk.sequence for chunk in step.chunks] == [many]
+
+
+@given(data=st.data())
+def test_the_ledger_counts_pages_exactly(data: st.DataObject) -> None:
+    """What is in flight, and decode steps beyond it, take the pages of the longest that each head may become."""
+    rows, page = 3, data.draw(st.sampled_from([1, 2, 4]))
+    cap, in_prompt = data.draw(st.integers(1, 20)), data.draw(st.integers(20, 40))
+    caps = _caps(in_prompt, cap)
+    ledger = Ledger(caps=caps, rows=rows, kv_heads=HEADS, page_size=page, pages=1000)
+    counts = st.lists(st.integers(0, cap), min_size=LAYERS * rows * HEADS, max_size=LAYERS * rows * HEADS)
+    lengths = np.array(data.draw(counts), dtype=np.int32).reshape(LAYERS, rows, HEADS)
+    ledger.refresh(lengths, 1000)
+    steps = data.draw(st.lists(st.sets(st.integers(0, rows - 1)), max_size=3))
+    for step in steps:
+        ledger.issue(sorted(step), {})
+    prompt = data.draw(st.integers(0, 9))
+    if prompt:
+        ledger.issue([], {0: prompt})
+
+    def longest(length: int, row: int, more: int) -> int:
+        if row == 0 and prompt:
+            length = max(length, min(length + prompt, in_prompt))
+        tokens = sum(row in step for step in steps) + more
+        return max(length, min(length + tokens, cap))
+
+    def held(more: int) -> int:
+        return sum(-(-longest(int(n), row, more) // page) for (_, row, _), n in np.ndenumerate(lengths))
+
+    now = sum(-(-int(n) // page) for n in lengths.flatten())
+    assert ledger.available() == 1000 - (held(0) - now)
+    for more in (1, 2, 5):
+        assert ledger.growth(list(range(rows)), more) == held(more) - held(0)

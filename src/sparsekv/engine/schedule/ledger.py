@@ -103,9 +103,7 @@ class Ledger:
 
     def available(self) -> int:
         """Pages that are surely free, whatever the steps in flight take."""
-        prompts, decodes = self._prompts.nonzero()[0], (self._decodes * (self._prompts == 0)).nonzero()[0]
-        taken = (self._pages(self._bound(prompts)) - self._pages(self.lengths[:, prompts])).sum()
-        return self.free - int(taken + self._taken(decodes, self._decodes[decodes]).sum())
+        return self.free - self._beyond((self._prompts + self._decodes).nonzero()[0])
 
     def surely_fits(self, rows: int) -> bool:
         """Whether a decode step of so many rows fits even where it, and all in flight, take a page a head. Cheap; not
@@ -117,24 +115,27 @@ class Ledger:
     def growth(self, rows: Sequence[int] | NDArray[np.int64], decodes: int) -> int:
         """The pages that `rows` take at most in so many more decode steps."""
         rows = np.asarray(rows, dtype=np.int64)
-        now = self._decodes[rows]
-        if self._prompts[rows].any() or now.max(initial=0) + decodes > self.page_size:
-            before, after = self._bound(rows), self._bound(rows, decodes=decodes)
-            return int((self._pages(after) - self._pages(before)).sum())
-        return int((self._taken(rows, now + decodes) - self._taken(rows, now)).sum())
+        return self._beyond(rows, decodes) - self._beyond(rows)
 
-    def _taken(self, rows: NDArray[np.int64], decodes: NDArray[np.int32]) -> NDArray[np.int32]:
-        """int32 [n]: the pages that each of `rows` takes at most in so many decode steps (int32 [n], at most a page's
-        tokens) after what was reported. A head takes one where its last page has fewer slots left, unless that page
-        holds all it will ever hold."""
+    def _beyond(self, rows: NDArray[np.int64], decodes: int = 0) -> int:
+        """The pages that `rows` take at most beyond what was reported, in what is in flight and so many decode steps
+        more."""
+        steps = self._decodes[rows] + np.int32(decodes)
+        many = (self._prompts[rows] > 0) | (steps > self.page_size)
+        few, some = rows[~many], rows[many]
+        found = int((self._pages(self._bound(some, decodes=decodes)) - self._pages(self.lengths[:, some])).sum())
+        for count in np.unique(steps[~many & (steps > 0)]).tolist():
+            found += int(self._taken(count)[few[steps[~many] == count]].sum())
+        return found
+
+    def _taken(self, decodes: int) -> NDArray[np.int32]:
+        """int32 [rows]: the pages that each row takes at most in so many decode steps, no more than a page has slots,
+        after what was reported. A head takes one where its last page has fewer slots left, unless that page holds all
+        it will ever hold."""
         if self._left is None:
             slots = self._pages(self.lengths) * np.int32(self.page_size)
             self._left = np.where(slots < self._held, slots - self.lengths, np.int32(self.page_size))
-        found = np.zeros(len(rows), dtype=np.int32)
-        for count in np.unique(decodes[decodes > 0]).tolist():
-            each = (self._left < count).sum(0, dtype=np.int32).sum(1, dtype=np.int32)
-            found += np.where(decodes == count, each[rows], np.int32(0))
-        return found
+        return (self._left < decodes).sum(0, dtype=np.int32).sum(1, dtype=np.int32)
 
     def growth_of_prompt(self, row: int, tokens: int) -> int:
         """The pages that a row takes at most in `tokens` more tokens of its prompt."""

@@ -85,7 +85,7 @@ class Counters:
         if new:
             chosen = self.chosen[2 * (known - 1) :]
             reads += sum(chosen[::2] if self.chosen else new)
-            self._summed = len(self.history), reads, bounds + sum(chosen[1::2]), max(peak, *new)
+            self._summed = len(self.history), reads, bounds + sum(chosen[1::2]), max(peak, max(new))
         return self._summed
 
     def copy(self) -> "Counters":
