@@ -5,6 +5,7 @@ prefill (SnapKV), or forked: full pages in which no slot can be overwritten any 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,14 +16,25 @@ from sparsekv.ops.layout import LayerPages, ring_positions
 from sparsekv.ops.release import Tables, release
 
 
+@dataclass(frozen=True, kw_only=True)
+class RingBlock:
+    """The rings of all layers that have one size, so that what is done to rows is done to those layers at once."""
+
+    layers: list[int]
+    index: Tensor
+    """`layers` on the device, int64 [n]."""
+    rings: Tensor
+    """int32 [n, R, H, W]."""
+
+
 class RaggedCache:
     """The cache of `rows` sequences.
 
     windows: ring entries of each layer (0 = nothing is overwritten by the ring rule). rewrites: per layer, whether its
     policy may change any stored slot (default: none). states: per layer, what its policy remembers (cache.state); those
     of pages and slots must be the pool's too. pages: int32 [N, R, H, M]; lengths: int32 [N, R, H]; seen: int32 [N, R];
-    rings: per layer int32 [R, H, W], views of blocks; samples: int64 [R + 1], which copy of its prompt a row is, 0 for
-    nobody's copy.
+    rings: per layer int32 [R, H, W], views of ring_blocks; samples: int64 [R + 1], which copy of its prompt a row is, 0
+    for nobody's copy.
     """
 
     def __init__(
@@ -42,7 +54,7 @@ class RaggedCache:
         self.pages = torch.zeros(n, rows, kv_heads, columns, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(n, rows, kv_heads, dtype=torch.int32, device=device)
         self.seen = torch.zeros(n, rows, dtype=torch.int32, device=device)
-        self.blocks = _blocks(windows, kv_heads=kv_heads, rows=rows, device=device)
+        self.ring_blocks = _ring_blocks(windows, kv_heads=kv_heads, rows=rows, device=device)
         self.rings = self._rings()
         self.tickets = torch.zeros(rows, kv_heads, dtype=torch.int32, device=device)  # scratch of the decode kernel
         self.samples = torch.zeros(rows + 1, dtype=torch.int64, device=device)
@@ -143,7 +155,7 @@ class RaggedCache:
         for name in ("pages", "lengths", "seen"):
             setattr(self, name, change(getattr(self, name), 1))
         self.tickets = change(self.tickets, 0)
-        self.blocks = [(layers, change(block, 1)) for layers, block in self.blocks]
+        self.ring_blocks = [replace(block, rings=change(block.rings, 1)) for block in self.ring_blocks]
         self.rings = self._rings()
         self.samples = _with_spare(self.samples, change)
         for tensors in self.row_state:
@@ -167,8 +179,8 @@ class RaggedCache:
         self.pages[:, target] = pages
         self.lengths[:, target] = self.lengths[:, source]
         self.seen[:, target] = self.seen[:, source]
-        for _, block in self.blocks:
-            block[:, target] = block[:, source]
+        for block in self.ring_blocks:
+            block.rings[:, target] = block.rings[:, source]
         for tensor in (self.samples, *(x for tensors in self.row_state for x in tensors.values())):
             tensor[target] = tensor[source]
 
@@ -184,23 +196,23 @@ class RaggedCache:
         """
         size, columns = self.pool.page_size, self.pages.shape[-1]
         settled = torch.arange(columns, device=rows.device) < (self.lengths[:, rows] // size)[..., None]
-        for layers, block in self.blocks:
-            seen, entries = self.seen[layers][:, rows], block[:, rows]
-            position = ring_positions(seen, block.shape[-1])
+        for block in self.ring_blocks:
+            seen, entries = self.seen[block.index][:, rows], block.rings[:, rows]
+            position = ring_positions(seen, entries.shape[-1])
             newest = position == seen[..., None] - 1
             open_ = (position >= 0)[:, :, None] & ((entries & 1).bool() | newest[:, :, None])
             column = torch.where(open_, (entries >> 1) // size, columns).long()
-            padded = torch.nn.functional.pad(settled[layers], (0, 1))
-            settled[layers] = padded.scatter(-1, column, False)[..., :columns]
+            padded = torch.nn.functional.pad(settled[block.index], (0, 1))
+            settled[block.index] = padded.scatter(-1, column, False)[..., :columns]
         return settled & ~self._rewritten[:, None, None, None]
 
     def _rings(self) -> list[Tensor]:
-        """By layer, views of the blocks."""
+        """By layer, views of ring_blocks."""
         none = self.lengths.new_zeros(*self.lengths.shape[1:], 0)
         rings = [none] * len(self.seen)
-        for layers, block in self.blocks:
-            for place, layer in enumerate(layers.tolist()):
-                rings[layer] = block[place]
+        for block in self.ring_blocks:
+            for layer, ring in zip(block.layers, block.rings, strict=True):
+                rings[layer] = ring
         return rings
 
     def index_bytes(self) -> int:
@@ -209,14 +221,12 @@ class RaggedCache:
         return sum(x.numel() * x.element_size() for x in (self.pages, self.lengths, self.seen, *self.rings, *rows))
 
 
-def _blocks(windows: list[int], *, kv_heads: int, rows: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """For each size of ring: its layers, int64 [n], and their rings in one tensor, int32 [n, R, H, W], so that what
-    is done to rows is done to all layers at once."""
+def _ring_blocks(windows: list[int], *, kv_heads: int, rows: int, device: torch.device) -> list[RingBlock]:
     blocks = []
     for window in sorted(set(windows) - {0}):
         layers = [layer for layer, own in enumerate(windows) if own == window]
-        ring = torch.zeros(len(layers), rows, kv_heads, window, dtype=torch.int32, device=device)
-        blocks.append((torch.tensor(layers, device=device), ring))
+        rings = torch.zeros(len(layers), rows, kv_heads, window, dtype=torch.int32, device=device)
+        blocks.append(RingBlock(layers=layers, index=torch.tensor(layers, device=device), rings=rings))
     return blocks
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache.ragged import RaggedCache
-from sparsekv.ops.upload import upload
+from sparsekv.ops.transfer import upload
 
 CHUNK = 4096
 """Pages moved at once, so that a full device needs little room for the copy."""
@@ -28,7 +28,7 @@ class SwappedRow:
     seen: Tensor
     """int32 [N]."""
     rings: list[Tensor]
-    """Per block of the cache's rings, int32 [n, H, W]."""
+    """Per ring_blocks of the cache, int32 [n, H, W]."""
     pool_state: dict[str, Tensor]
     """What policies remember of those pages and their slots: [pages, ...]."""
     row_state: list[dict[str, Tensor]]
@@ -54,7 +54,7 @@ def swap_out(cache: RaggedCache, row: int) -> SwappedRow:
         kv=host,
         lengths=_host(cache.lengths[:, row]),
         seen=_host(cache.seen[:, row]),
-        rings=[_host(block[:, row]) for _, block in cache.blocks],
+        rings=[_host(block.rings[:, row]) for block in cache.ring_blocks],
         pool_state={name: _host(tensor[ids]) for name, tensor in cache.pool.state.items()},
         row_state=[{name: _host(tensor[row]) for name, tensor in state.items()} for state in cache.row_state],
     )
@@ -77,8 +77,8 @@ def swap_in(cache: RaggedCache, row: int, swapped: SwappedRow) -> None:
     places = upload(owned.flatten().nonzero()[:, 0], torch.int64, device)
     table = cache.pages[:, row].flatten()
     cache.pages[:, row] = table.index_copy(0, places, ids.int()).view_as(cache.pages[:, row])
-    for (_, block), source in zip(cache.blocks, swapped.rings, strict=True):
-        block[:, row] = sent(source)
+    for block, source in zip(cache.ring_blocks, swapped.rings, strict=True):
+        block.rings[:, row] = sent(source)
     for name, source in swapped.pool_state.items():
         cache.pool.state[name][ids] = sent(source)
     for state, source in zip(cache.row_state, swapped.row_state, strict=True):

@@ -29,7 +29,7 @@ from sparsekv.engine.schedule.ledger import Lengths
 from sparsekv.engine.schedule.request import Sequence
 from sparsekv.engine.schedule.scheduler import Chunk, RunStep
 from sparsekv.ops.layout import Batch
-from sparsekv.ops.upload import upload
+from sparsekv.ops.transfer import download, upload
 
 LOGPROBS = ("logprob", "rank", "top", "ids")
 """What sampler.logprobs_of gives."""
@@ -56,7 +56,7 @@ class Pending:
     """A step under way: copies to the host that have been enqueued."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors = {name: _start_copy(tensor) for name, tensor in tensors.items()}
+        self._tensors = {name: download(tensor) for name, tensor in tensors.items()}
         self._event = None
         if any(tensor.is_cuda for tensor in tensors.values()):
             self._event = torch.cuda.Event()
@@ -301,10 +301,3 @@ def _sources(samples: list[Sequence]) -> list[int]:
         own = sequence.row is not None
         sources.append((sources[-1] + 1 if sources else 0) if own else sources[-1])
     return sources
-
-
-def _start_copy(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor.clone()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsekv.engine.device.history import TokenHistory
 from sparsekv.engine.schedule.request import Sequence
 from sparsekv.ops.draw import draw
-from sparsekv.ops.upload import upload
+from sparsekv.ops.transfer import upload
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -264,7 +264,7 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
 
 
 def _together(sequence: Sequence, rows: int) -> int:
-    """The rows that a prompt's samples should find free."""
+    """The rows that a prompt's samples should find free: one each, and a sixteenth of all at most."""
     return min(sequence.request.params.n, max(1, rows // 16))
 
 

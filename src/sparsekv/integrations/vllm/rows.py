@@ -16,7 +16,7 @@ from sparsekv.cache.pages import PagePool
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.integrations.vllm.accounts import Report
 from sparsekv.ops.layout import PoolExhausted
-from sparsekv.ops.upload import upload
+from sparsekv.ops.transfer import download, upload
 from sparsekv.policies import Policy
 
 SHORTAGE = (
@@ -85,14 +85,11 @@ class Rows:
     def snapshot(self, step: int) -> None:
         """Start to copy what rows hold after `step`."""
         table = summary(self.cache)
+        host, event = download(table), None
         if table.is_cuda:
-            host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
-            host.copy_(table, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            self._copies.append((step, host, event))
-        else:
-            self._copies.append((step, table, None))
+        self._copies.append((step, host, event))
 
     def report(self) -> Report | None:
         """The newest copy that has arrived, if there is one since the last call.

@@ -26,6 +26,7 @@ from sparsekv.modeling.attach import attach, detach
 from sparsekv.modeling.compiled import compiled_layers
 from sparsekv.modeling.load import load_model
 from sparsekv.modeling.split import SplitModel
+from sparsekv.ops.transfer import upload
 from sparsekv.retrofit import checkpoint
 from sparsekv.studies.reasoning import data
 from sparsekv.studies.reasoning.chats import TEMPLATE
@@ -127,9 +128,7 @@ def _steps(
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
     """To the device, without waiting for what runs there."""
-    if device.type == "cpu":
-        return batch
-    tokens, labels, documents = (x.pin_memory().to(device, non_blocking=True) for x in batch)
+    tokens, labels, documents = (upload(x, x.dtype, device) for x in batch)
     return tokens, labels, documents
 
 
