@@ -22,6 +22,7 @@ os.environ |= {
     "GLOO_SOCKET_IFNAME": "lo",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TRITON_F32_DEFAULT": "ieee",  # vLLM's experts on a GPU would round float32 to 10 bits
 }
 torch.set_num_threads(1)
 settings.register_profile("sparsekv", deadline=None, derandomize="CI" in os.environ)

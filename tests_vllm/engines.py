@@ -2,9 +2,12 @@
 
 import gc
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from sparsekv.integrations.vllm import engine_args
 
@@ -90,7 +93,8 @@ def nothing_is_left(llm: Any) -> bool:
     found = manager(llm)
     totals = found.accounts.totals()
     assert not any(totals.values()), totals
-    assert found.block_pool.get_num_free_blocks() == found.blocks
+    deferred = sum(len(blocks) for _, blocks in scheduler(llm).deferred_frees)  # aborted while a step was under way
+    assert found.block_pool.get_num_free_blocks() + deferred == found.blocks
     left = llm.collective_rpc(_left, args=(found.accounts.next_step()[1],))
     assert left == [(0, 0)] * len(left)
     return True
@@ -103,3 +107,36 @@ def _left(worker: Any, released: list[int]) -> tuple[int, int]:
     held = get_kv_transfer_group()._rows
     held.release(released)
     return int(held.cache.lengths.sum()), held.cache.pool.pages - held.cache.pool.pages_free
+
+
+def waits_of_decode_steps(llm: Any, made: Any) -> list[str]:
+    """Where a host waited for a GPU while requests decode, in all workers: files and messages, vLLM's own too."""
+    core = llm.llm_engine
+    for index, prompt in enumerate(made.prompts[:4]):
+        core.add_request(f"decode {index}", {"prompt_token_ids": prompt}, greedy(max_tokens=60))
+    for _ in range(20):  # prompts are read, and what is made at the first decode step is
+        core.step()
+    llm.collective_rpc(_watch)
+    for _ in range(20):
+        core.step()
+    found = llm.collective_rpc(_watched)
+    assert core.has_unfinished_requests()
+    while core.has_unfinished_requests():
+        core.step()
+    return [each for worker in found for each in worker]
+
+
+_seen: list[str] = []
+
+
+def _watch(worker: Any) -> None:
+    """In a worker: keep what the device's mode of synchronisation warns of."""
+    _seen.clear()
+    warnings.simplefilter("always")
+    warnings.showwarning = lambda message, category, filename, line, *_: _seen.append(f"{filename}:{line} {message}")
+    torch.cuda.set_sync_debug_mode("warn")
+
+
+def _watched(worker: Any) -> list[str]:
+    torch.cuda.set_sync_debug_mode("default")
+    return list(_seen)

@@ -3,13 +3,18 @@
 The pool holds little more than one whole sequence, so that requests are preempted all the time.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 import sparsekv
-from engines import arrivals_and_aborts, engine, greedy, manager, nothing_is_left, rows, scheduler, texts
+from engines import arrivals_and_aborts, engine, greedy, manager, nothing_is_left, scheduler, texts
+from sparsekv.integrations.vllm.rows import SHORTAGE
 
 BLOCKS = 10
 """One for vLLM's padding, eight for 256 tokens, one to spare."""
@@ -54,10 +59,15 @@ def test_llama_in_a_pool_that_is_too_small(made):
         for seed in range(3):
             arrivals_and_aborts(llm, llama, want, seed=seed)
 
-        # An account that is wrong: there are fewer pages than the scheduler believes. No answer is the right answer.
-        rows(llm).cache.pool.free_count.fill_(20)
-        with pytest.raises(RuntimeError, match=r"pages are needed and .* are free; the KV pages ran short"):
-            texts(llm, llama.prompts, greedy())
+
+def test_a_wrong_account_stops_the_engine(made):
+    """A sentence, and no token."""
+    llama, folder = made("Llama"), Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(folder / "starved.py"), llama.model, llama.adapter]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0 and "answers" not in done.stdout
+    assert SHORTAGE in done.stderr
 
 
 def n_samples(llm: Any, made: Any, want: list[list[int]]) -> None:

@@ -4,7 +4,15 @@ answers, and nothing left on any."""
 import pytest
 import torch
 
-from engines import arrivals_and_aborts, engine, greedy, manager, nothing_is_left, texts
+from engines import (
+    arrivals_and_aborts,
+    engine,
+    greedy,
+    manager,
+    nothing_is_left,
+    texts,
+    waits_of_decode_steps,
+)
 from models import LAYERS
 
 GPUS = torch.cuda.device_count()
@@ -35,3 +43,18 @@ def test_pipeline_parallel(made):
         assert manager(llm).spec.workers == 2
         assert nothing_is_left(llm)
         arrivals_and_aborts(llm, llama, want, seed=0, times=TIMES)
+
+
+@pytest.mark.skipif(not GPUS, reason="there is no device to wait for; needs a GPU")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_rank_waits_in_a_decode_step(made, ranks):
+    """Graphs and all, nothing of ours makes the host wait."""
+    if ranks > GPUS:
+        pytest.skip("needs two GPUs")
+    llama = made("Llama")
+    want = [list(output.outputs[0].token_ids) for output in llama.answers()]
+    with engine(llama, enforce_eager=False, max_num_batched_tokens=512, tensor_parallel_size=ranks) as llm:
+        assert [x for (x,) in texts(llm, llama.prompts, greedy())] == want
+        waits = waits_of_decode_steps(llm, llama)
+        assert not [wait for wait in waits if "sparsekv" in wait], waits
+        assert nothing_is_left(llm)

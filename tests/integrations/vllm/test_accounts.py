@@ -14,11 +14,12 @@ SIZE, ROWS = 4, 3
 
 
 class Worker:
-    """A worker's rows: the length of each head, which grows by at most the tokens that a step places."""
+    """A worker's rows: the length of each head, which grows by at most the tokens that a step places. vLLM warms up in
+    them, so that they are not empty at first."""
 
     def __init__(self, heads: int, pages: int, seed: int) -> None:
-        self.lengths = np.zeros((ROWS, heads), dtype=np.int64)
-        self.seen = np.zeros(ROWS, dtype=np.int64)
+        self.lengths = np.ones((ROWS, heads), dtype=np.int64)
+        self.seen = np.ones(ROWS, dtype=np.int64)
         self.pages = pages
         self.rng = np.random.default_rng(seed)
         self.queue: list[tuple[int, list[int], dict[int, int]]] = []

@@ -10,7 +10,7 @@ which is exact where every head appends every token. Before a worker's first rep
 heads and pages: the largest bound counts.
 
 A request's *row* is its place in the workers' tables. A row that a request leaves is named to the workers in the next
-step, before anything else in that step.
+step, before anything else in that step; and all rows are in the first, since a worker may have warmed up in them.
 """
 
 from dataclasses import dataclass, field
@@ -73,7 +73,7 @@ class Accounts:
         self.step = 0
         """The last step that was given to the workers."""
         self._free_rows = list(range(rows - 1, -1, -1))
-        self._released: dict[int, None] = {}
+        self._released = dict.fromkeys(range(rows))
         self._accounts: dict[str, _Account] = {}
         self._last_report: dict[int, int] = {}
         residue = np.arange(page_size, dtype=np.int64)
