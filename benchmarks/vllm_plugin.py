@@ -5,9 +5,8 @@
     python -m sparsekv.bench.reports.vllm results.jsonl docs/vllm.md
 
 One engine a process, random weights, one JSON line a measurement. The plugin runs random heads, dialled to the ratio at
-each length: what is held is measured on the workers and printed. A decode step is the difference of two runs of the
-same prompts with more and fewer new tokens. Needs vLLM, and for --tp or --pp sparsekv installed, so that workers find
-the plugin by its entry point.
+each length: what is held is measured on the workers and printed. A decode step is timed where all requests decode.
+Needs vLLM and sparsekv installed: vLLM's processes find the plugin by its entry point.
 """
 
 import argparse
@@ -21,7 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # collective_rpc is given functions of this file
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -54,6 +52,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 WINDOW = 64
+WARM = 16
+"""Decode steps of all requests before a step is timed."""
 
 
 def parse() -> argparse.Namespace:
@@ -62,7 +62,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--points", default="", help="BxCONTEXT of decode steps, comma separated")
     parser.add_argument("--serve", default="", help="REQUESTSxINxOUT, comma separated")
     parser.add_argument("--churn", type=int, default=0, help="prompts of 256 tokens, outputs of 64 to 448, 64 at once")
-    parser.add_argument("--longest", action="store_true", help="one sequence as long as the cache holds at 0.75 ratio")
+    parser.add_argument(
+        "--longest", action="store_true", help="one sequence, as long as the cache holds; at 0.8 of the ratio"
+    )
     parser.add_argument("--kv", type=float, default=40, help="GiB for keys and values on each GPU")
     parser.add_argument("--ratio", type=float, default=8)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b")
@@ -113,11 +115,10 @@ def start(options: argparse.Namespace, longest: int) -> Any:
         "max_num_batched_tokens": 8192,
     }
     if options.mode == "plugin":
-        from sparsekv.integrations.vllm import engine_args, register
+        from sparsekv.integrations.vllm import engine_args
 
-        register()
         random_adapter(folder / "adapter", config)
-        trusted = 0.75 * options.ratio if options.longest else 1.0
+        trusted = 0.95 * options.ratio if options.longest else 1.0
         arguments = engine_args(str(folder / "model"), adapter=str(folder / "adapter"), trusted_ratio=trusted)
         arguments["model_loader_extra_config"] = {"load_format": "dummy"}
     elif options.mode == "fp8":
@@ -172,9 +173,7 @@ class Bench:
 
     def run(self, prompts: list[Any], outputs: list[int]) -> float:
         """Seconds."""
-        from vllm import SamplingParams
-
-        params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for n in outputs]
+        params = [sampling(n) for n in outputs]
         begin = time.perf_counter()
         done = self.llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - begin
@@ -191,25 +190,41 @@ class Bench:
         probe = min(4096, tokens)
         share = (tokens / self.options.ratio - WINDOW) / (tokens - WINDOW)
         low, high, held = -8.0, 8.0, 0.0
+        self.llm.collective_rpc(_watch_releases, args=(probe,))
         for _ in range(12):
             offset = (low + high) / 2
             self.llm.collective_rpc(_set_offset, args=(offset,))
             self.run(self.prompts(1, probe), [1])
-            held = statistics.mean(self.llm.collective_rpc(_held, args=(probe,)))
+            held = self._held()
             if (held - WINDOW) / (probe - WINDOW) > share:
                 low = offset
             else:
                 high = offset
+        self.llm.collective_rpc(_watch_releases, args=(None,))
         return probe / held
+
+    def _held(self) -> float:
+        """Tokens per head of the one request that ran, once its row is released: soon after its answer."""
+        while None in (found := self.llm.collective_rpc(_last_released)):
+            time.sleep(0.002)
+        return statistics.mean(found)
 
     def point(self, batch: int, context: int) -> None:
         ratio = self.dial(context)
-        few = max(16, -(-batch * context // self.base["batched_tokens"]) + 8)
-        prompts = self.prompts(batch, context)
-        self.run(prompts, [few] * batch)
-        first = self.run(prompts, [few] * batch)
-        second = self.run(prompts, [few + self.options.steps] * batch)
-        step = (second - first) / self.options.steps
+        spread = -(-batch * context // self.base["batched_tokens"])  # steps between the first tokens of first and last
+        params = sampling(WARM + self.options.steps + spread)
+        for index, prompt in enumerate(self.prompts(batch, context)):
+            self.llm.llm_engine.add_request(f"{batch} x {context}, {index}", prompt, params)
+        begin, step, tokens = 0.0, 0.0, dict[str, int]()
+        while self.llm.llm_engine.has_unfinished_requests():
+            for output in self.llm.llm_engine.step():
+                tokens[output.request_id] = len(output.outputs[0].token_ids)
+            least = min(tokens.values()) if len(tokens) == batch else 0
+            if least >= WARM and not begin:
+                begin, first = time.perf_counter(), least
+            if begin and not step and least >= first + self.options.steps - WARM:
+                step = (time.perf_counter() - begin) / (least - first)
+        assert step, "the first request ended before all had decoded long enough"
         self.say(what="step", batch=batch, context=context, ratio_of_probe=ratio, ms=round(step * 1e3, 3))
 
     def serve(self, count: int, prompt: int, output: int) -> None:
@@ -239,14 +254,38 @@ def _set_offset(worker: Any, offset: float) -> None:
         policy.offset = offset
 
 
-def _held(worker: Any, tokens: int) -> float:
-    """Tokens per head of the newest row that saw `tokens` tokens: a row is emptied only when the next step begins."""
+def _watch_releases(worker: Any, tokens: int | None) -> None:
+    """In a worker: keep what a row that saw so many tokens holds when it is released; None: no longer."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    cache = get_kv_transfer_group()._rows.cache
-    (rows,) = (cache.seen[0] == tokens).nonzero(as_tuple=True)
-    assert len(rows) == 1
-    return float(cache.lengths[:, rows].float().mean())
+    held = get_kv_transfer_group()._rows
+    held.last_released = None
+    if tokens is None:
+        del held.release
+        return
+    release = held.release
+
+    def watched(rows: list[int]) -> None:
+        if len(rows) == 1 and int(held.cache.seen[0, rows]) == tokens:
+            held.last_released = float(held.cache.lengths[:, rows].float().mean())
+        release(rows)
+
+    held.release = watched
+
+
+def _last_released(worker: Any) -> float | None:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    held = get_kv_transfer_group()._rows
+    found, held.last_released = held.last_released, None
+    return found
+
+
+def sampling(tokens: int) -> Any:
+    """Greedy, exactly so many tokens."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
 
 
 def sizes(text: str) -> list[tuple[int, ...]]:
@@ -262,7 +301,7 @@ def main() -> int:
         shape = SHAPES[options.shape]
         token = 4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
         dense = int(options.kv * 2**30 * options.tp * options.pp / token)
-        longest = int(dense * (0.7 * options.ratio if options.mode == "plugin" else 0.95))
+        longest = int(dense * (0.8 * options.ratio if options.mode == "plugin" else 0.999))
     begin = time.perf_counter()
     bench = Bench(options, start(options, longest))
     bench.say(what="start", seconds=round(time.perf_counter() - begin, 1))

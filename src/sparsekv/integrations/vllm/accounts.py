@@ -21,6 +21,10 @@ from numpy.typing import NDArray
 
 NEAR = 4
 """Tokens ahead of a report for which bounds are worked out at once for all rows."""
+AHEAD = 3
+"""Numbers of tokens, from those that were scheduled on, whose needs are worked out at once for all rows."""
+NEVER = np.iinfo(np.int64).max
+"""The first step of a row that is nobody's."""
 
 Table = NDArray[np.int32]
 
@@ -35,36 +39,20 @@ class Report:
 
 
 @dataclass(kw_only=True)
-class _Measured:
-    """A worker's last word about a request."""
-
-    seen: int
-    pages: int
-    slots: int
-    """In use, over all heads."""
-    heads: int
-    hist: Table
-    near: list[int]
-    """Pages that 0, 1 ... NEAR tokens more can take."""
-
-
-@dataclass(kw_only=True)
 class _Account:
     """A request that has a row."""
 
     row: int
-    first_step: int
-    """The first step in which the row is this request's."""
-    scheduled: int = 0
-    """Tokens once all that was scheduled has run."""
     credits: list[Any] = field(default_factory=list)
-    measured: dict[int, _Measured] = field(default_factory=dict)
-    """By worker."""
 
 
 class Accounts:
     """heads: pages of a credit, at least the layers times KV heads of any worker; rows: requests at once; workers: how
-    many report."""
+    many report.
+
+    Hundreds of requests ask at every step, so what is asked of all is worked out for all rows at once, as a report
+    comes.
+    """
 
     def __init__(self, *, heads: int, page_size: int, rows: int, workers: int) -> None:
         self.heads = heads
@@ -75,12 +63,25 @@ class Accounts:
         self._free_rows = list(range(rows - 1, -1, -1))
         self._released = dict.fromkeys(range(rows))
         self._accounts: dict[str, _Account] = {}
-        self._last_report: dict[int, int] = {}
         residue = np.arange(page_size, dtype=np.int64)
         self._residue = residue
         self._near = np.stack([self._growth(t) for t in range(NEAR + 1)], axis=1)
         self._rest = np.where(residue > 0, page_size - residue, 0)
         """Slots that are not in use of a head's last page."""
+        # By row.
+        self._owners: list[_Account | None] = [None] * rows
+        self._first_steps = np.full(rows, NEVER)
+        """The first step in which the row is its request's."""
+        self._scheduled = [0] * rows
+        """Tokens once all that was scheduled has run."""
+        self._needs: list[tuple[int, list[int]]] = [(0, [])] * rows
+        """Tokens that were scheduled at the last report; credits for so many, and for 1, 2 ... more."""
+        # By worker and row, as last reported.
+        self._last_report = [0] * workers
+        self._measured = np.zeros((workers, rows), dtype=bool)
+        self._tables = np.zeros((workers, rows, 2 + page_size), dtype=np.int32)
+        self._bounds = np.zeros((workers, rows, NEAR + 1), dtype=np.int64)
+        """Pages with 0, 1 ... NEAR tokens more."""
 
     def __len__(self) -> int:
         return len(self._accounts)
@@ -92,13 +93,17 @@ class Accounts:
     def bound(self, request: str, tokens: int) -> int:
         """The most pages of any worker that a request can have taken with `tokens` tokens."""
         account = self._accounts.get(request)
-        dense = self.heads * -(-tokens // self.page_size)
-        if account is None or len(account.measured) < self.workers:
-            return dense
-        return max(self._bound(measured, tokens) for measured in account.measured.values())
+        if account is None or not self._measured[:, account.row].all():
+            return self.heads * -(-tokens // self.page_size)
+        return int(self._most(np.array([account.row]), np.array([tokens]))[0])
 
     def needs(self, request: str, tokens: int) -> int:
         """Credits for the bound."""
+        account = self._accounts.get(request)
+        if account is not None:
+            first, known = self._needs[account.row]
+            if 0 <= tokens - first < len(known):
+                return known[tokens - first]
         return -(-self.bound(request, tokens) // self.heads)
 
     def lacks(self, request: str, tokens: int) -> int | None:
@@ -112,15 +117,18 @@ class Accounts:
         """Give a new request a row, which it returns."""
         assert request not in self._accounts
         row = self._free_rows.pop()
-        self._accounts[request] = _Account(row=row, first_step=self.step + 1)
+        self._accounts[request] = self._owners[row] = _Account(row=row)
+        self._first_steps[row] = self.step + 1
+        self._measured[:, row] = False
+        self._scheduled[row], self._needs[row] = 0, (0, [])
         return row
 
     def schedule(self, request: str, tokens: int, credits: list[Any]) -> None:
         """The request will have `tokens` tokens after the next step. credits: as many as it lacked, now its own."""
         account = self._accounts[request]
         account.credits.extend(credits)
-        account.scheduled = max(account.scheduled, tokens)
-        assert len(account.credits) >= self.needs(request, account.scheduled), "a request runs without enough credits"
+        self._scheduled[account.row] = tokens = max(self._scheduled[account.row], tokens)
+        assert len(account.credits) >= self.needs(request, tokens), "a request runs without enough credits"
 
     def leave(self, request: str) -> list[Any]:
         """The request is over, or will start again: its credits are free, and its row is once the workers know. Empty
@@ -130,6 +138,8 @@ class Accounts:
             return []
         self._released[account.row] = None
         self._free_rows.append(account.row)
+        self._owners[account.row] = None
+        self._first_steps[account.row] = NEVER
         return account.credits
 
     def next_step(self) -> tuple[int, list[int]]:
@@ -140,50 +150,50 @@ class Accounts:
 
     def settle(self, worker: int, report: Report) -> list[Any]:
         """Take in what a worker reported, in any order; returns the credits that requests no longer need."""
-        if report.step <= self._last_report.get(worker, 0):
+        if report.step <= self._last_report[worker]:
             return []
         self._last_report[worker] = report.step
-        counts, hist = report.table[:, :2].tolist(), report.table[:, 2:]
-        near, rest, heads = (hist @ self._near).tolist(), (hist @ self._rest).tolist(), int(hist[0].sum())
+        self._tables[worker] = report.table
+        self._bounds[worker] = report.table[:, 1:2] + report.table[:, 2:] @ self._near
+        self._measured[worker] |= self._first_steps <= report.step
+        (rows,) = (self._measured.all(0) & (self._first_steps != NEVER)).nonzero()
+        scheduled = np.array(self._scheduled)[rows]
+        bounds = np.stack([self._most(rows, scheduled + ahead) for ahead in range(AHEAD)], axis=1)
         surplus: list[Any] = []
-        for request, account in self._accounts.items():
-            if report.step < account.first_step:
-                continue
-            row = account.row
-            seen, pages = counts[row]
-            slots = pages * self.page_size - rest[row]
-            account.measured[worker] = _Measured(
-                seen=seen, pages=pages, slots=slots, heads=heads, hist=hist[row], near=near[row]
-            )
-            need = self.needs(request, account.scheduled)
-            surplus += account.credits[need:]
-            del account.credits[need:]
+        needs = (-(-bounds // self.heads)).tolist()
+        for row, first, known in zip(rows.tolist(), scheduled.tolist(), needs, strict=True):
+            self._needs[row] = first, known
+            account = self._owners[row]
+            assert account is not None
+            surplus += account.credits[known[0] :]
+            del account.credits[known[0] :]
         return surplus
 
     def totals(self) -> dict[str, float]:
         """What running requests had at the last report: tokens seen, tokens held (averaged over all heads), pages of
         the fullest worker; and the credits that they hold."""
-        seen = held = pages = credits = 0
-        for account in self._accounts.values():
-            measured = account.measured.values()
-            if measured:
-                seen += max(m.seen for m in measured)
-                pages += max(m.pages for m in measured)
-                held += sum(m.slots for m in measured) / sum(m.heads for m in measured)
-            credits += len(account.credits)
+        measured = self._measured & (self._first_steps != NEVER)
+        seen, pages, hist = self._tables[..., 0], self._tables[..., 1], self._tables[..., 2:]
+        slots = pages * self.page_size - hist @ self._rest
+        heads = np.where(measured, hist.sum(-1), 0).sum(0)
+        held = np.where(measured, slots, 0).sum(0) / np.maximum(heads, 1)
         return {
             "requests": len(self._accounts),
-            "tokens_seen": seen,
-            "tokens_held": held,
-            "pages": pages,
-            "credits": credits,
+            "tokens_seen": int(np.where(measured, seen, 0).max(0).sum()),
+            "tokens_held": float(held.sum()),
+            "pages": int(np.where(measured, pages, 0).max(0).sum()),
+            "credits": sum(len(account.credits) for account in self._accounts.values()),
         }
 
-    def _bound(self, measured: _Measured, tokens: int) -> int:
-        more = max(0, tokens - measured.seen)
-        if more <= NEAR:
-            return measured.pages + measured.near[more]
-        return measured.pages + int(measured.hist @ self._growth(more))
+    def _most(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The bounds of rows that all workers have measured, each with so many tokens."""
+        more = np.maximum(tokens - self._tables[:, rows, 0], 0)
+        near = np.minimum(more, NEAR)
+        bounds = np.take_along_axis(self._bounds[:, rows], near[..., None], axis=2)[..., 0]
+        for worker, index in zip(*(more > NEAR).nonzero(), strict=True):
+            table = self._tables[worker, rows[index]]
+            bounds[worker, index] = table[1] + table[2:] @ self._growth(int(more[worker, index]))
+        return bounds.max(0)
 
     def _growth(self, tokens: int) -> NDArray[np.int64]:
         """int64 [C]: pages that a head of each length modulo C takes at most in so many tokens more."""
