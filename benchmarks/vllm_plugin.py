@@ -62,9 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--points", default="", help="BxCONTEXT of decode steps, comma separated")
     parser.add_argument("--serve", default="", help="REQUESTSxINxOUT, comma separated")
     parser.add_argument("--churn", type=int, default=0, help="prompts of 256 tokens, outputs of 64 to 448, 64 at once")
-    parser.add_argument(
-        "--longest", action="store_true", help="one sequence, as long as the cache holds; at 0.8 of the ratio"
-    )
+    parser.add_argument("--longest", action="store_true", help="one sequence as long as the cache holds, at 0.8 ratio")
     parser.add_argument("--kv", type=float, default=40, help="GiB for keys and values on each GPU")
     parser.add_argument("--ratio", type=float, default=8)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b")
