@@ -26,6 +26,14 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     assert "| 2, tensor parallel | step of 8 x 32,768 tokens, ms | - | - | 6 | 8.1 | - | - |  |" in text
 
 
+def test_the_published_table_is_that_of_the_results(tmp_path: Path) -> None:
+    root = Path(__file__).parents[3]
+    published, page = root / "docs/vllm.md", tmp_path / "page.md"
+    page.write_text(published.read_text())
+    assert main([str(root / "benchmarks/results/vllm-h200.jsonl"), str(page)]) == 0
+    assert page.read_text() == published.read_text()
+
+
 def test_many_requests_are_compared_with_what_fills_the_memory_densely() -> None:
     (found,) = (line for line in lines(ROWS) if "384" in line[1])
     assert found[-3:] == ["3.00 x", "3.50 x", "missed"]

@@ -11,7 +11,7 @@ from sparsekv.markdown import rewrite, table
 
 BLOCK = "vllm"
 MODES = {"dense": "dense", "fp8": "dense, FP8 KV", "plugin": "plugin"}
-HEAD = ("GPUs", "work", *MODES.values(), "ratio", "plugin beside dense", "aimed at", "")
+HEAD = ("GPUs", "work", *MODES.values(), "ratio of a probe", "plugin beside dense", "aimed at", "")
 GAINS = {
     "8 x 32,768": 2.0, "32 x 8,192": 2.0, "1 x 8,192": 1.0, "serve": 3.5, "churn": 1 / 1.05, "longest": 6.0,
 }  # fmt: skip
@@ -52,7 +52,8 @@ def make(rows: list[Line]) -> str:
 
     about = (
         f"{listed('shape')} with random weights, {listed('device')}, vLLM {listed('vllm')}, commit {listed('commit')}, "
-        "seed 0, on both sides vLLM's own scheduler and as much memory for keys and values."
+        "seed 0, on both sides vLLM's own scheduler and as much memory for keys and values. The heads are dialled so "
+        "that a whole sequence is held at a ratio of 8; a probe of it has at most 4,096 tokens, and the same window."
     )
     return f"{about}\n\n{table(HEAD, lines(rows))}"
 
