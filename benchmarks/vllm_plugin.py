@@ -248,7 +248,9 @@ class Bench:
 def _set_offset(worker: Any, offset: float) -> None:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    for policy in get_kv_transfer_group()._rows.executor.policies:
+    held = get_kv_transfer_group()._rows
+    held.last_released = None
+    for policy in held.executor.policies:
         policy.offset = offset
 
 
@@ -257,7 +259,6 @@ def _watch_releases(worker: Any, tokens: int | None) -> None:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     held = get_kv_transfer_group()._rows
-    held.last_released = None
     if tokens is None:
         del held.release
         return
@@ -274,9 +275,7 @@ def _watch_releases(worker: Any, tokens: int | None) -> None:
 def _last_released(worker: Any) -> float | None:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    held = get_kv_transfer_group()._rows
-    found, held.last_released = held.last_released, None
-    return found
+    return get_kv_transfer_group()._rows.last_released
 
 
 def sampling(tokens: int) -> Any:

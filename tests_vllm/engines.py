@@ -126,17 +126,14 @@ def waits_of_decode_steps(llm: Any, made: Any) -> list[str]:
     return [each for worker in found for each in worker]
 
 
-_seen: list[str] = []
-
-
 def _watch(worker: Any) -> None:
     """In a worker: keep what the device's mode of synchronisation warns of."""
-    _seen.clear()
-    warnings.simplefilter("always")
-    warnings.showwarning = lambda message, category, filename, line, *_: _seen.append(f"{filename}:{line} {message}")
+    worker.caught = warnings.catch_warnings(record=True, action="always")
+    worker.waits = worker.caught.__enter__()
     torch.cuda.set_sync_debug_mode("warn")
 
 
 def _watched(worker: Any) -> list[str]:
     torch.cuda.set_sync_debug_mode("default")
-    return list(_seen)
+    worker.caught.__exit__(None, None, None)
+    return [f"{wait.filename}:{wait.lineno} {wait.message}" for wait in worker.waits]

@@ -1,15 +1,12 @@
 """An engine whose account of pages is wrong, in a process of its own: on a GPU its device is unusable afterwards.
 
-    python starved.py MODEL ADAPTER
+    python starved.py MODEL ADAPTER, in the environment of conftest
 
 There are fewer pages than the scheduler believes. No answer is the right answer: it must end with a sentence.
 """
 
-import os
 import sys
 from types import SimpleNamespace
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from engines import engine, greedy, rows, texts
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pages import rewritten
+from pages import assert_published, rewritten
 from sparsekv.bench.reports.http import BLOCK, main, verdicts
 
 SHARED = {"shape": None, "ratio": 4.0, "rows": 64, "memory": 2**28, "prompt": [32, 256], "output": [16, 64], "seed": 0}
@@ -24,11 +24,7 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_the_published_table_is_that_of_the_results(tmp_path: Path) -> None:
-    root = Path(__file__).parents[3]
-    published, page = root / "docs/serve.md", tmp_path / "page.md"
-    page.write_text(published.read_text())
-    assert main([str(root / "benchmarks/results/serve-http-cpu.jsonl"), str(page)]) == 0
-    assert page.read_text() == published.read_text()
+    assert_published(main, "serve-http-cpu.jsonl", ["docs/serve.md"], tmp_path, block=BLOCK)
 
 
 def test_aims() -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from pages import assert_published
 from sparsekv.bench.reports.performance import BLOCK, CPU_BLOCK, main
 from sparsekv.bench.reports.targets import against_targets, find
 from sparsekv.markdown import markers
 
 (BEGIN, END), (BEGIN_CPU, END_CPU) = markers(BLOCK), markers(CPU_BLOCK)
 RESULTS = Path(__file__).parents[3] / "benchmarks/results/h100.jsonl"
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -20,10 +20,7 @@ def rows():
 
 
 def test_the_published_tables_are_those_of_the_results(tmp_path):
-    published, page = ROOT / "docs/performance.md", tmp_path / "page.md"
-    page.write_text(published.read_text())
-    assert main([str(RESULTS), str(page)]) == 0
-    assert page.read_text() == published.read_text()
+    assert_published(main, "h100.jsonl", ["docs/performance.md"], tmp_path, block=BLOCK)
 
 
 def test_only_the_block_changes(tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pages import assert_published
 from sparsekv.bench.reports.predicted import BLOCK, main
 from sparsekv.markdown import markers
 
@@ -13,10 +14,7 @@ BEGIN, END = markers(BLOCK)
 
 
 def test_the_published_table_is_that_of_the_results(tmp_path):
-    page, published = tmp_path / "page.md", (ROOT / "docs/plan.md").read_text()
-    page.write_text(published.split(BEGIN)[0] + f"{BEGIN}\nSTALE\n{END}" + published.split(END)[1])
-    assert main([str(RESULTS), str(page)]) == 0
-    assert page.read_text() == published
+    assert_published(main, "h100.jsonl", ["docs/plan.md"], tmp_path, block=BLOCK)
 
 
 @pytest.mark.parametrize(("lines", "text"), [(RESULTS, "no markers"), (None, f"{BEGIN}\n{END}\n")])

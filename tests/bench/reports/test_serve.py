@@ -1,8 +1,8 @@
 """reports.serve: each work beside vLLM's of the same requests and machine, losses as plain as wins."""
 
 import json
-from pathlib import Path
 
+from pages import assert_published
 from sparsekv.bench.reports.serve import BLOCK, main, verdicts
 from sparsekv.markdown import markers
 
@@ -55,13 +55,7 @@ def test_both_pages_say_what_was_measured(tmp_path):
 
 
 def test_the_published_tables_are_those_of_the_results(tmp_path):
-    root = Path(__file__).parents[3]
-    pages = [tmp_path / "page.md", tmp_path / "readme.md"]
-    published = [root / "docs/performance.md", root / "README.md"]
-    for page, source in zip(pages, published, strict=True):
-        page.write_text(source.read_text())
-    assert main([str(root / "benchmarks/results/serve-h200.jsonl"), *map(str, pages)]) == 0
-    assert [page.read_text() for page in pages] == [source.read_text() for source in published]
+    assert_published(main, "serve-h200.jsonl", ["docs/performance.md", "README.md"], tmp_path, block=BLOCK)
 
 
 def test_an_aim_is_judged_where_both_sides_were_measured():

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pages import rewritten
+from pages import assert_published, rewritten
 from sparsekv.bench.reports.vllm import BLOCK, lines, main
 from sparsekv.markdown import markers
 
@@ -27,11 +27,7 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_the_published_table_is_that_of_the_results(tmp_path: Path) -> None:
-    root = Path(__file__).parents[3]
-    published, page = root / "docs/vllm.md", tmp_path / "page.md"
-    page.write_text(published.read_text())
-    assert main([str(root / "benchmarks/results/vllm-h200.jsonl"), str(page)]) == 0
-    assert page.read_text() == published.read_text()
+    assert_published(main, "vllm-h200.jsonl", ["docs/vllm.md"], tmp_path, block=BLOCK)
 
 
 def test_many_requests_are_compared_with_what_fills_the_memory_densely() -> None:

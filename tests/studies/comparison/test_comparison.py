@@ -9,6 +9,7 @@ import yaml
 import sparsekv
 from distributing import SERVER
 from helpers import random_heads
+from pages import assert_published
 from sparsekv.evals.calibrate import Dial, calibrate
 from sparsekv.evals.methods import measure
 from sparsekv.evals.methods.continuation import Continuation
@@ -207,9 +208,7 @@ def test_a_method_s_own_share_is_that_of_which_most_was_measured() -> None:
 
 
 def test_the_published_tables_are_those_of_the_results(tmp_path: Path) -> None:
-    root = Path(sparsekv.__file__).parents[2]
-    published = (root / "docs/comparison.md").read_text()
-    page = tmp_path / "page.md"
-    page.write_text(published)
-    assert main(["report", str(root / "benchmarks/results/comparison.jsonl"), str(page)]) == 0
-    assert page.read_text() == published
+    def report(arguments: list[str]) -> int:
+        return main(["report", *arguments])
+
+    assert_published(report, "comparison.jsonl", ["docs/comparison.md"], tmp_path, block=BLOCK)

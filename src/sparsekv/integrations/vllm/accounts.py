@@ -76,7 +76,7 @@ class Accounts:
         """Tokens once all that was scheduled has run."""
         self._needs: list[tuple[int, list[int]]] = [(0, [])] * rows
         """Tokens that were scheduled at the last report; credits for so many, and for 1, 2 ... more."""
-        # By worker and row, as last reported.
+        # By worker and row, as last reported; measured: since the row is its request's.
         self._last_report = [0] * workers
         self._measured = np.zeros((workers, rows), dtype=bool)
         self._tables = np.zeros((workers, rows, 2 + page_size), dtype=np.int32)
@@ -119,7 +119,6 @@ class Accounts:
         row = self._free_rows.pop()
         self._accounts[request] = self._owners[row] = _Account(row=row)
         self._first_steps[row] = self.step + 1
-        self._measured[:, row] = False
         self._scheduled[row], self._needs[row] = 0, (0, [])
         return row
 
@@ -140,6 +139,7 @@ class Accounts:
         self._free_rows.append(account.row)
         self._owners[account.row] = None
         self._first_steps[account.row] = NEVER
+        self._measured[:, account.row] = False
         return account.credits
 
     def next_step(self) -> tuple[int, list[int]]:
@@ -156,7 +156,7 @@ class Accounts:
         self._tables[worker] = report.table
         self._bounds[worker] = report.table[:, 1:2] + report.table[:, 2:] @ self._near
         self._measured[worker] |= self._first_steps <= report.step
-        (rows,) = (self._measured.all(0) & (self._first_steps != NEVER)).nonzero()
+        rows = np.flatnonzero(self._measured.all(0))
         scheduled = np.array(self._scheduled)[rows]
         bounds = np.stack([self._most(rows, scheduled + ahead) for ahead in range(AHEAD)], axis=1)
         surplus: list[Any] = []
@@ -172,7 +172,7 @@ class Accounts:
     def totals(self) -> dict[str, float]:
         """What running requests had at the last report: tokens seen, tokens held (averaged over all heads), pages of
         the fullest worker; and the credits that they hold."""
-        measured = self._measured & (self._first_steps != NEVER)
+        measured = self._measured
         seen, pages, hist = self._tables[..., 0], self._tables[..., 1], self._tables[..., 2:]
         slots = pages * self.page_size - hist @ self._rest
         heads = np.where(measured, hist.sum(-1), 0).sum(0)
