@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 from sparsekv.integrations.vllm import engine_args
+from sparsekv.integrations.vllm.backend import SparseBuilder
 
 
 @contextmanager
@@ -28,6 +30,20 @@ def engine(made: Any, *, method: dict[str, Any] | None = None, **options: Any) -
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Every step of an engine in this process runs what a graph of a number of tokens runs, which is recorded without
+    metadata."""
+    build = SparseBuilder.build
+
+    def without(*args: Any, **options: Any) -> None:
+        build(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SparseBuilder, "build", without)
+        yield
 
 
 def scheduler(llm: Any) -> Any:

@@ -1,5 +1,6 @@
 """The metadata of a step: rows from block tables on the device, in memory that never moves; padding is nobody's."""
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from models import LAYERS
 from sparsekv.integrations.vllm import engine_args
 from sparsekv.integrations.vllm.backend import SparseBuilder
+from sparsekv.integrations.vllm.buffers import StepBuffers
 from sparsekv.integrations.vllm.loader import first_head
 from sparsekv.integrations.vllm.spec import CreditSpec, expected_tokens
 
@@ -36,8 +38,16 @@ def config(made) -> Any:
 
 
 @pytest.fixture
-def builder(config) -> SparseBuilder:
-    return SparseBuilder(SPEC, ["0.attn"], config, torch.device("cpu"))
+def buffers() -> StepBuffers:
+    return StepBuffers(requests=6, places=64, max_tokens=256, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def builder(config, buffers) -> SparseBuilder:
+    changed = copy.deepcopy(config)
+    layer = SimpleNamespace(sparsekv=SimpleNamespace(rows=SimpleNamespace(buffers=buffers)))
+    changed.compilation_config.static_forward_context["0.attn"] = layer
+    return SparseBuilder(SPEC, ["0.attn"], changed, torch.device("cpu"))
 
 
 def step(
@@ -70,42 +80,53 @@ def step(
 
 def test_decodes_padded_for_a_graph(builder):
     found = builder.build(0, step([1, 1, 1], seen=[9, 70, 4], blocks=[3, 1, 6], requests=5, tokens=5))
-    assert found.chunks is None
-    part = found.decodes
-    assert part is not None and part.tokens == 5 and part.batch.longest == 1
+    (part,) = found.parts
+    assert part.tokens == 5 and part.batch.longest == 1
     assert part.batch.rows.tolist() == [2, 0, 5, -1, -1]
     assert part.seen[:3].tolist() == [9, 70, 4]
 
 
-def test_a_mixed_step(builder):
+def test_more_places_than_requests(builder, buffers):
+    """A graph is padded to 8 decodes where six requests may run."""
+    (part,) = builder.build(0, step([1] * 6, seen=[1] * 6, blocks=[1, 2, 3, 4, 5, 6], requests=8, tokens=8)).parts
+    assert part.batch.rows.tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
+
+
+def test_a_mixed_step(builder, buffers):
     """Decodes, then chunks, of which one has a single token; tokens and requests are padded."""
     found = builder.build(
         0, step([1, 1, 7, 1, 5], seen=[9, 70, 0, 31, 64], blocks=[3, 1, 6, 2, 4], requests=6, tokens=32)
     )
-    assert found.decodes is not None and found.decodes.batch.rows.tolist() == [2, 0]
-    part = found.chunks
-    assert part is not None and part.tokens == 13 and part.batch.longest == 7
+    decodes, part = found.parts
+    assert decodes.batch.rows.tolist() == [2, 0]
+    assert part.tokens == 13 and part.batch.longest == 7
     assert part.batch.rows.tolist() == [5, 1, 3] and part.batch.starts.tolist() == [0, 7, 8, 13]
     assert part.seen.tolist() == [0, 31, 64]
+    decodes, part = buffers.recorded(32)
+    assert decodes.batch.rows.tolist() == [2, 0, -1, -1, -1, -1]
+    assert part.batch.rows.tolist() == [-1, -1, 5, 1, 3, -1, -1]
+    assert part.batch.starts.tolist() == [0, 1, 2, 9, 10, 15, 15, 32]
 
 
 def test_a_lone_chunk_of_one_token_is_a_decode_step(builder):
-    found = builder.build(0, step([1], seen=[0], blocks=[1], requests=1, tokens=1))
-    assert found.chunks is None and found.decodes is not None and found.decodes.seen.tolist() == [0]
+    (part,) = builder.build(0, step([1], seen=[0], blocks=[1], requests=1, tokens=1)).parts
+    assert part.batch.longest == 1 and part.seen.tolist() == [0]
 
 
-def test_a_dummy_batch_touches_no_row(builder):
+def test_a_dummy_batch_touches_no_row(builder, buffers):
     """A rank with nothing to do runs with block tables of requests that are gone."""
     found = builder.build(0, step([1, 1], seen=[5, 5], blocks=[3, 1], requests=4, tokens=4, dummy=True))
-    assert found.decodes is not None and found.decodes.batch.rows.tolist() == [-1] * 4
+    (part,) = found.parts
+    assert part.batch.rows.tolist() == [-1] * 4
+    assert all((part.batch.rows == -1).all() for part in buffers.recorded(4))
 
 
-def test_nothing_moves_between_steps(builder):
+def test_nothing_moves_between_steps(builder, buffers):
     """What a recorded graph reads is where it was, and tells of the newest step."""
     first = builder.build_for_cudagraph_capture(
         step([1] * 4, seen=[0] * 4, blocks=[], requests=4, tokens=4, dummy=True)
     )
-    recorded = first.decodes
+    (recorded,) = first.parts
     builder.build(0, step([1, 1, 9], seen=[3, 4, 0], blocks=[2, 5, 1], requests=3, tokens=16))
     builder.build(0, step([1, 1], seen=[9, 70], blocks=[3, 1], requests=4, tokens=4))
     assert recorded.batch.rows.tolist() == [2, 0, -1, -1]

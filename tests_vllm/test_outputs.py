@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import sparsekv
-from engines import arrivals_and_aborts, engine, greedy, manager, nothing_is_left, scheduler, texts
+from engines import arrivals_and_aborts, engine, greedy, manager, nothing_is_left, recorded, scheduler, texts
 from sparsekv.integrations.vllm.rows import SHORTAGE
 
 BLOCKS = 10
@@ -54,6 +54,8 @@ def test_llama_in_a_pool_that_is_too_small(made):
             assert nothing_is_left(llm)
         scheduler(llm).max_num_scheduled_tokens = 48
 
+        with recorded():
+            arrivals_and_aborts(llm, llama, want, seed=3)
         n_samples(llm, llama, want)
         stop_strings(llm, llama)
         for seed in range(3):
@@ -115,6 +117,8 @@ def test_lag_one(made):
     assert want != expected(made("Llama"))
     with engine(found, num_gpu_blocks_override=BLOCKS, max_num_batched_tokens=48) as llm:
         assert [x for (x,) in texts(llm, found.prompts, greedy())] == want
+        with recorded():
+            assert [x for (x,) in texts(llm, found.prompts, greedy())] == want
         assert nothing_is_left(llm)
 
 
@@ -128,4 +132,6 @@ def test_streaming(made):
     want = [list(output.outputs[0].token_ids) for output in outputs]
     with engine(found, method=method, num_gpu_blocks_override=BLOCKS, max_num_batched_tokens=48) as llm:
         assert [x for (x,) in texts(llm, found.prompts, greedy())] == want
+        with recorded():
+            assert [x for (x,) in texts(llm, found.prompts, greedy())] == want
         assert nothing_is_left(llm)

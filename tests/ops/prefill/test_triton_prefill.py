@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import triton as triton_language
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -318,6 +320,28 @@ def test_the_host_asks_the_device_nothing(monkeypatch):
     got = s.run()
     monkeypatch.undo()
     assert torch.equal(got, want)
+
+
+@triton_language.jit
+def _blocks(out, starts, sequences, count, SIZE: tl.constexpr):
+    for index in range(0, count):
+        sequence, first = compact.block_of(starts, sequences, index, SIZE)
+        tl.store(out + 2 * index, sequence)
+        tl.store(out + 2 * index + 1, first)
+
+
+@pytest.mark.parametrize("sequences", [1, 3, compact.SEQUENCES.value, compact.SEQUENCES.value + 20])
+def test_each_block_of_each_sequence_has_one_program(sequences):
+    """Sequences of no token among them, and more than are looked at at once."""
+    counts = [31 * index % 23 if index % 9 == 1 else 0 for index in range(sequences - 1)] + [17]
+    batch = batch_of(torch.arange(sequences, device=DEVICE), counts)
+    want = [(i, first) for i, count in enumerate(counts) for first in reversed(range(0, count, 8))]
+    programs = compact.most_blocks(batch, sum(counts), 8)
+    assert len(want) <= programs
+    got = torch.empty(len(want) + 1, 2, dtype=torch.int32, device=DEVICE)
+    _blocks[(1,)](got, batch.starts, sequences, len(got), 8)
+    assert got[:-1].tolist() == [list(block) for block in want]
+    assert got[-1, 1] == -1  # beyond the last
 
 
 def test_more_unmarked_tokens_than_are_counted_at_once():

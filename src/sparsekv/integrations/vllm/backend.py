@@ -1,7 +1,4 @@
-"""The attention backend that vLLM sees: a cache shape, and the metadata of a step. Attention itself is in layer.
-
-Under a CUDA graph nothing here may move: rows and positions are written into buffers that are made once.
-"""
+"""The attention backend that vLLM sees: a cache shape, and the metadata of a step. Attention itself is in layer."""
 
 # vLLM is not installed where types are checked.
 # pyright: reportMissingImports=false
@@ -24,16 +21,16 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from sparsekv.attend import Part
+from sparsekv.integrations.vllm.buffers import StepBuffers
 from sparsekv.integrations.vllm.settings import PAGE_SIZE
-from sparsekv.ops.layout import Batch
 
 
 @dataclass
 class SparseMetadata(AttentionMetadata):
-    """The two parts of a step: decodes, which come first, and chunks of prompts."""
+    """A step that is not recorded, or of decodes alone."""
 
-    decodes: Part | None
-    chunks: Part | None
+    parts: list[Part]
+    """Decodes, which come first, and chunks of prompts."""
 
 
 class SparseBuilder(AttentionMetadataBuilder[SparseMetadata]):
@@ -46,12 +43,8 @@ class SparseBuilder(AttentionMetadataBuilder[SparseMetadata]):
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        scheduler = vllm_config.scheduler_config
-        most = max(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)  # graphs pad requests up to tokens
-        self._rows = torch.full((most,), -1, dtype=torch.int64, device=device)
-        self._seen = torch.zeros(most, dtype=torch.int32, device=device)
-        self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
-        self._most = vllm_config.model_config.max_model_len
+        layer: Any = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        self._buffers: StepBuffers = layer.sparsekv.rows.buffers
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -60,28 +53,18 @@ class SparseBuilder(AttentionMetadataBuilder[SparseMetadata]):
         m = common_attn_metadata
         count = m.num_reqs
         starts = m.query_start_loc[: count + 1]
-        self._rows[:count] = rows_of(m.block_table_tensor, m.slot_mapping, starts)
-        self._seen[:count] = m.seq_lens[:count] - (starts[1:] - starts[:-1])
+        seen = m.seq_lens[:count] - (starts[1:] - starts[:-1])
         decodes, *_ = split_decodes_and_prefills(m, decode_threshold=1)
+        self._buffers.fill(rows_of(m.block_table_tensor, m.slot_mapping, starts), starts, seen, decodes=decodes)
         on_host = m.query_start_loc_cpu[: count + 1]
         lengths = on_host[decodes + 1 :] - on_host[decodes:-1]
         chunks = int((lengths > 0).sum())
-        return SparseMetadata(
-            decodes=self._decodes(decodes) if decodes else None,
-            chunks=self._chunks(starts, decodes, lengths[:chunks]) if chunks else None,
-        )
-
-    def _decodes(self, count: int) -> Part:
-        batch = Batch(rows=self._rows[:count], starts=self._starts[: count + 1], longest=1)
-        return Part(batch=batch, seen=self._seen[:count], tokens=count, most=self._most)
-
-    def _chunks(self, starts: Tensor, first: int, lengths: Tensor) -> Part:
-        """lengths: on the host."""
-        end = first + len(lengths)
-        offsets = starts[first : end + 1] - starts[first]
-        # At least 2: a chunk of one token among longer ones is still no decode step.
-        batch = Batch(rows=self._rows[first:end], starts=offsets.int(), longest=max(2, int(lengths.max())))
-        return Part(batch=batch, seen=self._seen[first:end], tokens=int(lengths.sum()), most=self._most)
+        parts = [self._buffers.decodes(decodes)] if decodes else []
+        if chunks:
+            longest, tokens = int(lengths.max()), int(lengths.sum())
+            mine = starts[decodes : decodes + chunks + 1]
+            parts.append(self._buffers.chunks(mine, decodes, longest=longest, tokens=tokens))
+        return SparseMetadata(parts=parts)
 
 
 def rows_of(block_table: Tensor, slot_mapping: Tensor, starts: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 The eviction heads read the input of the attention *module*, which vLLM's attention *layer* is not given: a forward
 pre-hook on the module leaves it in a place that the layer empties, which torch.compile traces through. The op then has
 it as an argument: a true dependence, and no pointer that outlives a CUDA graph's step.
+
+vLLM may record the op in graphs of both kinds: of decodes alone, by the metadata of the step that is recorded, and of a
+number of tokens, which it records without metadata (buffers). So it is none of the ops at which vLLM splits a model.
 """
 
 # vLLM is not installed where types are checked.
@@ -13,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -21,8 +24,6 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from sparsekv.integrations.vllm.backend import SparseBackend, SparseImpl, SparseMetadata
 from sparsekv.integrations.vllm.rows import SHORTAGE, Rows
 from sparsekv.integrations.vllm.spec import CreditSpec
-
-OP = "sparsekv::vllm_attend"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,7 @@ class SparseAttention(Attention):
         assert hidden is not None, "an attention layer ran outside its module"
         query = query.view(-1, self.num_heads, self.head_size)
         key, value = (x.view(-1, self.num_kv_heads, self.head_size) for x in (key, value))
-        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        torch.ops.sparsekv.vllm_attend(query, key, value, hidden.flatten(0, -2), output, self.layer_name)
+        output = torch.ops.sparsekv.vllm_attend(query, key, value, hidden.flatten(0, -2), self.layer_name)
         return output.flatten(1)
 
 
@@ -89,30 +89,29 @@ def _leave_hidden(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     module.sparsekv_hidden[0] = next(x for x in args if x.is_floating_point()) if found is None else found
 
 
-@torch.library.custom_op(OP, mutates_args=("output",))
-def _attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, output: Tensor, layer_name: str) -> None:
-    """query: [T, H * G, D]; key, value: [T, H, D]; hidden: [T, any]; output: as query, written. T may be padded."""
+@torch.library.custom_op("sparsekv::vllm_attend", mutates_args=())
+def _attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, layer_name: str) -> Tensor:
+    """query: [T, H * G, D]; key, value: [T, H, D]; hidden: [T, any]. Returns [T, H * G, D]. T may be padded."""
     context = get_forward_context()
     layer = context.no_compile_layers[layer_name]
     found: Any = context.attn_metadata
     metadata: SparseMetadata | None = found[layer_name] if isinstance(found, dict) else found
     governed: Governed = layer.sparsekv
-    if metadata is None or not governed.rows.ready:
-        output.zero_()  # vLLM measures memory or records a piece of a graph
-        return
-    first = 0
-    for part in (metadata.decodes, metadata.chunks):
-        if part is not None:
-            mine = slice(first, first + part.tokens)
-            tokens = [x[mine] for x in (hidden, query, key, value)]
-            output[mine] = governed.rows.attend(governed.index, part, tokens, layer.impl.scale)
-            first += part.tokens
+    rows = governed.rows
+    if not rows.ready:
+        return torch.zeros_like(query, memory_format=torch.contiguous_format)  # vLLM measures memory
+    tokens, scale = (hidden, query, key, value), layer.impl.scale
+    if metadata is None or context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
+        output = rows.attend_recorded(governed.index, tokens, scale)
+    else:
+        output = rows.attend(governed.index, metadata.parts, tokens, scale)
     if governed.last and output.is_cuda:
         # The host hears of a shortage late (Rows.report): no token may leave the device before.
-        enough = governed.rows.cache.pool.free_count[0] >= 0
+        enough = rows.cache.pool.free_count[0] >= 0
         torch._assert_async(enough, SHORTAGE)  # pyright: ignore[reportPrivateImportUsage]
+    return output
 
 
 @_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, output: Tensor, layer_name: str) -> None:
-    return None
+def _(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, layer_name: str) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)

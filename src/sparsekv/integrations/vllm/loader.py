@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.utils import extract_layer_index
 
 from sparsekv.dms import EvictionHead
-from sparsekv.integrations.vllm.layer import OP, Governed, govern
+from sparsekv.integrations.vllm.layer import Governed, govern
 from sparsekv.integrations.vllm.refusals import check_config, check_layer
 from sparsekv.integrations.vllm.rows import Rows
 from sparsekv.integrations.vllm.settings import Method, make, read_settings, resolve
@@ -77,6 +77,7 @@ def install(model: nn.Module, vllm_config: VllmConfig, method: Method) -> None:
         page_size=vllm_config.cache_config.block_size,
         rows=vllm_config.scheduler_config.max_num_seqs,
         max_tokens=config.max_model_len,
+        step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         dtype=first.kv_cache_torch_dtype,
         device=device,
     )
@@ -84,9 +85,6 @@ def install(model: nn.Module, vllm_config: VllmConfig, method: Method) -> None:
     for index, name in enumerate(names):
         governed = Governed(index=index, rows=rows, spec=spec, last=index == len(names) - 1)
         govern(layers[name], parents[name], governed, shares_with=names[0] if index else None)
-    splits = vllm_config.compilation_config.splitting_ops
-    if splits and OP not in splits:
-        splits.append(OP)
 
 
 def attention_of(vllm_config: VllmConfig) -> dict[str, Attention]:

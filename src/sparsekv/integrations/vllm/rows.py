@@ -15,6 +15,7 @@ from sparsekv.attend import Executor, Part
 from sparsekv.cache.pages import PagePool
 from sparsekv.cache.ragged import RaggedCache
 from sparsekv.integrations.vllm.accounts import Report
+from sparsekv.integrations.vllm.buffers import StepBuffers
 from sparsekv.ops.layout import PoolExhausted
 from sparsekv.ops.transfer import download, upload
 from sparsekv.policies import Policy
@@ -26,7 +27,8 @@ SHORTAGE = (
 
 
 class Rows:
-    """policies: by layer of this worker; kv_heads: of this worker, in each layer."""
+    """policies: by layer of this worker; kv_heads: of this worker, in each layer; rows: requests at once; max_tokens:
+    of any request; step_tokens: of a step at most."""
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class Rows:
         page_size: int,
         rows: int,
         max_tokens: int,
+        step_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -44,7 +47,7 @@ class Rows:
         windows = [policy.window(layer) for layer, policy in enumerate(policies)]
         self.cache = RaggedCache(none, windows, kv_heads=kv_heads, rows=rows, max_tokens=max_tokens)
         self.executor = Executor(self.cache, policies, count_reads=False)
-        self.max_tokens = max_tokens
+        self.buffers = StepBuffers(requests=rows, places=max(rows, step_tokens), max_tokens=max_tokens, device=device)
         self.device = device
         self._dtype = dtype
         self._copies: deque[tuple[int, Tensor, Any]] = deque()
@@ -70,8 +73,29 @@ class Rows:
             kv=pages,
         )
 
-    def attend(self, layer: int, part: Part, tokens: Sequence[Tensor], scale: float) -> Tensor:
-        """As Executor.run. Raises RuntimeError where pages run short and the device can say so."""
+    def attend(self, layer: int, parts: Sequence[Part], tokens: Sequence[Tensor], scale: float) -> Tensor:
+        """parts: of the step, which follow each other; tokens: as in Executor.run, of all parts, then of padding.
+        Returns [T, H * G, D]. Raises RuntimeError where pages run short and the device can say so."""
+        outs, first = list[Tensor](), 0
+        for part in parts:
+            mine = slice(first, first + part.tokens)
+            outs.append(self._run(layer, part, [x[mine] for x in tokens], scale))
+            first += part.tokens
+        query = tokens[1]
+        if first < len(query):
+            outs.append(torch.zeros_like(query[first:]))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def attend_recorded(self, layer: int, tokens: Sequence[Tensor], scale: float) -> Tensor:
+        """The same for what `buffers` hold when this runs: a graph may record it."""
+        decodes, chunks = self.buffers.recorded(len(tokens[0]))
+        single = self._run(layer, decodes, [x[: decodes.tokens] for x in tokens], scale)
+        out = self._run(layer, chunks, tokens, scale)
+        real = (decodes.batch.rows >= 0)[:, None, None]
+        out[: decodes.tokens] = torch.where(real, single, out[: decodes.tokens])
+        return out
+
+    def _run(self, layer: int, part: Part, tokens: Sequence[Tensor], scale: float) -> Tensor:
         try:
             return self.executor.run(layer, part, tokens, scale)
         except PoolExhausted as error:
@@ -83,7 +107,8 @@ class Rows:
             self.cache.release(upload(rows, torch.int64, self.device))
 
     def snapshot(self, step: int) -> None:
-        """Start to copy what rows hold after `step`."""
+        """`step` is over: start to copy what rows hold."""
+        self.buffers.empty()
         table = summary(self.cache)
         host, event = download(table), None
         if table.is_cuda:

@@ -20,6 +20,8 @@ from torch import Tensor
 from sparsekv.ops.layout import Batch, LayerPages
 
 SCAN = tl.constexpr(1024)
+SEQUENCES = tl.constexpr(256)
+"""Sequences looked at together to find a block's own."""
 
 
 class Ring(NamedTuple):
@@ -44,6 +46,33 @@ class Kept(NamedTuple):
     """[T, H, D]."""
     before: Tensor | None
     """int32 [T, H]: unmarked tokens of the sequence before this one; None where no marks are given: k and v stay."""
+
+
+def most_blocks(batch: Batch, tokens: int, size: int) -> int:
+    """At least the blocks of `size` tokens that the sequences of a call are cut into, each on its own; tokens: T."""
+    sequences = len(batch.rows)
+    return min(-(-batch.longest // size) * sequences, tokens // size + sequences)
+
+
+@triton.jit
+def block_of(starts, sequences, index, SIZE: tl.constexpr):
+    """The sequence of block `index`, and the first token of the block, counted from the sequence's own. The blocks of a
+    sequence follow each other, the last first: those with the most to see begin first. Beyond the last block: -1 for
+    the first token."""
+    before = 0  # blocks of sequences looked at
+    sequence = 0  # those whose blocks all lie before this one
+    end = 2147483647  # of the blocks of the block's own sequence
+    for base in range(0, sequences, SEQUENCES):
+        i = base + tl.arange(0, SEQUENCES)
+        inside = i < sequences
+        tokens = tl.load(starts + i + 1, mask=inside, other=0) - tl.load(starts + i, mask=inside, other=0)
+        blocks = tl.cdiv(tokens, SIZE)
+        ends = before + tl.cumsum(blocks)
+        sequence += tl.sum((inside & (ends <= index)).to(tl.int32))
+        end = tl.minimum(end, tl.min(tl.where(ends > index, ends, 2147483647)))
+        before += tl.sum(blocks)
+    first = tl.where(index < before, (end - 1 - index) * SIZE, -1)
+    return sequence, first
 
 
 def strides(x: Tensor) -> tuple[int, int]:
@@ -80,9 +109,10 @@ def pack_kept(layer: LayerPages, batch: Batch, k: Tensor, v: Tensor, marks: Tens
     if batch.longest > layer.window:
         dim = k.shape[2]
         options = {"D": dim, "DP": triton.next_power_of_2(dim), "BLOCK": 64, "SCAN": SCAN}
-        _pack_kept[(-(-batch.longest // 64), k.shape[1], len(batch.rows))](
-            kept, (k, v, marks), (strides(k), strides(v)), batch.rows, batch.starts, layer.window, **options
-        )
+        _pack_kept[(most_blocks(batch, len(k), 64), k.shape[1])](
+            kept, (k, v, marks), (strides(k), strides(v)), batch.rows, batch.starts, len(batch.rows), layer.window,
+            **options,
+        )  # fmt: skip
     return kept
 
 
@@ -110,16 +140,18 @@ def _index_ring(out, ring, rows, seen, words, window, BLOCK: tl.constexpr):
         count += tl.sum(marked)
 
 
-@triton.jit(do_not_specialize=["rows", "starts", "window"])
+@triton.jit(do_not_specialize=["rows", "starts", "sequences", "window"])
 def _pack_kept(
-    out, chunk, stride, rows, starts, window,
+    out, chunk, stride, rows, starts, sequences, window,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     k, v, marks = chunk
-    head, sequence, heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    sequence, first = block_of(starts, sequences, tl.program_id(0), BLOCK)
+    if first < 0:
+        return
     start = tl.load(starts + sequence).to(tl.int64)
     settled = tl.load(starts + sequence + 1) - start - window  # tokens from here on never leave a query's window
-    first = tl.program_id(0) * BLOCK
     if first > settled:
         return
     if tl.load(rows + sequence) < 0:

@@ -1,4 +1,4 @@
-"""prefill in Triton: one program per (block of queries, KV head, sequence), online softmax over what the block can see.
+"""prefill in Triton: one program per (block of a sequence's queries, KV head), online softmax over what it can see.
 
 The queries of a block times the G query heads of one KV head form one tile, so that each key is read once per group.
 Marks differ by KV head, so the work falls with the ratio only where unmarked keys lie together (`compact`). A block
@@ -24,7 +24,7 @@ from torch import Tensor
 from sparsekv.ops.device import shared_memory
 from sparsekv.ops.dot_type import dot_type
 from sparsekv.ops.layout import Batch, LayerPages
-from sparsekv.ops.prefill.compact import aligned, index_ring, pack_kept, strides
+from sparsekv.ops.prefill.compact import aligned, block_of, index_ring, most_blocks, pack_kept, strides
 
 NEVER = tl.constexpr(2**31 - 1)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -121,7 +121,7 @@ def prefill(
     with torch.cuda.device_of(q):
         ring = index_ring(layer, batch)
         kept = pack_kept(layer, batch, k, v, marks)
-        _attend[(triton.cdiv(batch.longest, config.rows // group), heads, len(batch.rows))](
+        _attend[(most_blocks(batch, len(q), config.rows // group), heads)](
             out,
             lse,
             _Chunk(q, k, v, marks),
@@ -133,6 +133,7 @@ def prefill(
             layer.seen,
             batch.rows,
             batch.starts,
+            len(batch.rows),
             _Strides(*(strides(x) for x in (q, k, v, kept.k, kept.v))),
             scale * math.log2(math.e),
             layer.window,
@@ -196,7 +197,7 @@ def _span(
 
 @triton.jit
 def _stored(
-    state, q, query, first, stored, ring, row, window, scale,
+    state, q, query, first, stored, ring, sequence, row, window, scale,
     D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Parts 1 and 2. Which page a slot lies in, and what else must be known of it, is looked up one tile ahead."""
@@ -206,7 +207,7 @@ def _stored(
     pair = row * heads + head
     table = pages + pair * columns
     length = tl.load(lengths + pair)
-    pair = (tl.program_id(2) * heads + head).to(tl.int64)
+    pair = (sequence * heads + head).to(tl.int64)
     slot = tl.arange(0, KEYS)
     page = tl.load(table + slot // C, mask=slot < length, other=0)
     word = page
@@ -287,19 +288,21 @@ def _recent(
     return state
 
 
-@triton.jit(do_not_specialize=["lse", "pages", "lengths", "seen", "rows", "starts", "scale", "window", "columns"])
+@triton.jit(
+    do_not_specialize=["lse", "pages", "lengths", "seen", "rows", "starts", "sequences", "scale", "window", "columns"]
+)
 def _attend(
-    out, lse, chunk, kept, ring, kv, pages, lengths, seen, rows, starts, stride, scale, window, columns,
+    out, lse, chunk, kept, ring, kv, pages, lengths, seen, rows, starts, sequences, stride, scale, window, columns,
     D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = ROWS // GROUP
-    head, sequence, heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    sequence, first = block_of(starts, sequences, tl.program_id(0), QUERIES)
+    if first < 0:
+        return
     start = tl.load(starts + sequence).to(tl.int64)
     count = (tl.load(starts + sequence + 1) - start).to(tl.int32)
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES  # the longest first: they end together
-    if first >= count:
-        return
     tile = tl.arange(0, ROWS)
     query = first + tile // GROUP
     real = (tile < QUERIES * GROUP) & (query < count)
@@ -327,7 +330,7 @@ def _attend(
 
     state = (tl.zeros([ROWS, DP], tl.float32), tl.zeros([ROWS], tl.float32), tl.full([ROWS], LOWEST, tl.float32))
     stored = (kv, pages, lengths, seen, columns)
-    state = _stored(state, q, query, first, stored, ring, row, window, scale, D, DP, C, SLOTS, DOT)
+    state = _stored(state, q, query, first, stored, ring, sequence, row, window, scale, D, DP, C, SLOTS, DOT)
     state = _kept(state, q, kept, stride, start, before, scale, D, DP, KEYS, DOT)
     state = _recent(state, q, query, first, last, s, chunk, stride, start, window, scale, D, DP, KEYS, DOT)
     acc, total, top = state
