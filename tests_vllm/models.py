@@ -10,6 +10,7 @@ import torch
 import sparsekv
 import tiny
 from helpers import tiny_model
+from sparsekv.dms import NeuronSource
 from sparsekv.modeling.adapter import PREFIX, AdapterConfig, base_shape, write_adapter
 
 VOCABULARY, LAYERS, HEADS, HIDDEN = 400, 3, 2, 128
@@ -29,6 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": None},
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
 }
+NEURON_OFFSET = 80.0
 LENGTHS = (5, 12, 33, 47, 64, 90, 120, 150)
 
 
@@ -47,8 +49,9 @@ class Made:
         return self.reference.generate(self.prompts if prompts is None else prompts, sparsekv.SamplingParams(**options))
 
 
-def make(folder: Path, family: str, *, lag: int = 0, kv_heads: int = HEADS) -> Made:
-    """The heads' weights are wide, so that marks differ between tokens; their biases lean to forgetting."""
+def make(folder: Path, family: str, *, lag: int = 0, kv_heads: int = HEADS, neuron: bool = False) -> Made:
+    """The heads' weights are wide, so that marks differ between tokens; their biases lean to forgetting. neuron: no
+    heads, the queries carry the logits."""
     shape = SHAPE | FAMILIES.get(family, {}) | {"num_key_value_heads": kv_heads}
     model = tiny_model(family, **shape)
     model.save_pretrained(folder / "model")
@@ -60,7 +63,11 @@ def make(folder: Path, family: str, *, lag: int = 0, kv_heads: int = HEADS) -> M
         name = f"{PREFIX}model.layers.{layer}.self_attn.eviction_head"
         state[f"{name}.weight"] = torch.randn(kv_heads, HIDDEN, generator=generator) * 0.3
         state[f"{name}.bias"] = torch.full((kv_heads,), 2.0 + layer / 2)
-    config = AdapterConfig(base_model_name_or_path=family, base_shape=base_shape(model), window=16, lag=lag)
+    options = {"window": 16, "lag": lag}
+    if neuron:
+        state = {}
+        options |= {"source": "neuron", "neuron": NeuronSource(offset=NEURON_OFFSET)}
+    config = AdapterConfig(base_model_name_or_path=family, base_shape=base_shape(model), **options)
     write_adapter(folder / "adapter", config, state)
     rng = random.Random(0)
     return Made(

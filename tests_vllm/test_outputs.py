@@ -110,12 +110,17 @@ def test_families(made, family, options):
         assert nothing_is_left(llm)
 
 
-def test_lag_one(made):
-    """As NVIDIA's checkpoints decide."""
-    found = made("Llama", lag=1)
+@pytest.mark.parametrize(
+    ("family", "options", "arguments"),
+    [("Llama", {}, {}), ("Qwen3", {"neuron": True}, {}), ("Llama", {"neuron": True}, {"enforce_eager": False})],
+    ids=["heads", "neuron behind a norm", "neuron compiled"],
+)
+def test_lag_one(made, family, options, arguments):
+    """As NVIDIA's checkpoints decide, whose queries carry the logits."""
+    found = made(family, lag=1, **options)
     want = expected(found)
-    assert want != expected(made("Llama"))
-    with engine(found, num_gpu_blocks_override=BLOCKS, max_num_batched_tokens=48) as llm:
+    assert want != expected(made(family))
+    with engine(found, num_gpu_blocks_override=BLOCKS, max_num_batched_tokens=48, **arguments) as llm:
         assert [x for (x,) in texts(llm, found.prompts, greedy())] == want
         with recorded():
             assert [x for (x,) in texts(llm, found.prompts, greedy())] == want

@@ -11,7 +11,9 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention, MLAAttention
 
 from engines import engine
+from sparsekv.dms import NeuronSource
 from sparsekv.integrations.vllm import engine_args
+from sparsekv.integrations.vllm.neuron import wrap_rope
 from sparsekv.integrations.vllm.refusals import check_config, check_layer
 
 
@@ -126,6 +128,15 @@ def test_layers_of_another_class(kind):
     torch.nn.Module.__init__(layer)
     with pytest.raises(ValueError, match=f"is {kind.__name__}, not plain attention"):
         check_layer("0.attn", layer)
+
+
+def test_queries_that_carry_no_logits():
+    parent, options = torch.nn.Module(), {"kv_heads": 2, "head_dim": 16, "place": [None]}
+    with pytest.raises(ValueError, match=r"Module has no rotary_emb.*use --model-impl vllm"):
+        wrap_rope(parent, NeuronSource(), **options)
+    parent.rotary_emb = torch.nn.Identity()
+    with pytest.raises(ValueError, match="channel 16 and query heads have 16"):
+        wrap_rope(parent, NeuronSource(channel=16), **options)
 
 
 def test_an_engine_is_refused_before_it_loads(made):

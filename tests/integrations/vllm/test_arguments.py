@@ -37,7 +37,7 @@ def adapter(tmp_path: Path):
             name = f"{PREFIX}model.layers.{layer}.self_attn.eviction_head"
             state |= {f"{name}.weight": torch.ones(2, 32), f"{name}.bias": torch.zeros(2)}
         if config.get("source") == "neuron":
-            state = {"none": torch.zeros(1)} if config.get("policy") == "dmc" else {}
+            state = {}
         settings = {"base_model_name_or_path": "tiny", "base_shape": base_shape(base), "window": 4} | config
         write_adapter(tmp_path / "adapter", AdapterConfig(**settings), state | (extra or {}))
         return str(tmp_path / "adapter")
@@ -74,7 +74,7 @@ def test_adapters_that_vllm_cannot_run(model, adapter):
         ({"of": other}, "was trained for tiny"),
         ({"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "extra": lora}, "run `sparsekv convert merged"),
         ({"lag": 4}, "lag 4; vLLM runs lag 0 and 1"),
-        ({"source": "neuron", "neuron": NeuronSource()}, "takes its logits from the queries"),
+        ({"source": "neuron", "neuron": NeuronSource(), "policy": "dmc"}, "for policy 'dmc'"),
     ]
     for options, sentence in cases:
         folder = adapter(**options)
@@ -84,6 +84,7 @@ def test_adapters_that_vllm_cannot_run(model, adapter):
         engine_args(model, adapter=model)
     with pytest.raises(ValueError, match="there is no model"):
         engine_args(model + "-nowhere", adapter=adapter())
+    assert engine_args(model, adapter=adapter(source="neuron", neuron=NeuronSource()))
 
 
 def test_ratios_beyond_the_table(model, adapter):

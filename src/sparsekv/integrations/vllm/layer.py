@@ -21,7 +21,9 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from sparsekv.dms import NeuronSource
 from sparsekv.integrations.vllm.backend import SparseBackend, SparseImpl, SparseMetadata
+from sparsekv.integrations.vllm.neuron import wrap_rope
 from sparsekv.integrations.vllm.rows import SHORTAGE, Rows
 from sparsekv.integrations.vllm.spec import CreditSpec
 
@@ -43,7 +45,7 @@ class SparseAttention(Attention):
 
     sparsekv: Governed
     sparsekv_hidden: list[Tensor | None]
-    """The place that the hook fills."""
+    """The place that the hook fills, or with a neuron source NeuronRope, with the logits."""
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         """Of all layers of the worker together; vLLM asks the first alone, whose tensor the others share."""
@@ -62,9 +64,16 @@ class SparseAttention(Attention):
         return output.flatten(1)
 
 
-def govern(layer: Attention, parent: nn.Module, governed: Governed, *, shares_with: str | None) -> None:
+def govern(
+    layer: Attention,
+    parent: nn.Module,
+    governed: Governed,
+    *,
+    shares_with: str | None,
+    neuron: NeuronSource | None,
+) -> None:
     """Make `layer`, which the module `parent` calls, one of ours. shares_with: the name of the worker's first layer,
-    for all others."""
+    for all others; neuron: where the queries carry the logits."""
     layer.__class__ = SparseAttention
     assert isinstance(layer, SparseAttention)
     layer.sparsekv = governed
@@ -78,6 +87,10 @@ def govern(layer: Attention, parent: nn.Module, governed: Governed, *, shares_wi
         kv_cache_dtype=layer.kv_cache_dtype,
     )
     layer.kv_sharing_target_layer_name = shares_with
+    if neuron is not None:
+        options = {"kv_heads": layer.num_kv_heads, "head_dim": layer.head_size}
+        wrap_rope(parent, neuron, place=layer.sparsekv_hidden, **options)
+        return
     setattr(parent, "sparsekv_hidden", layer.sparsekv_hidden)  # noqa: B010
     parent.register_forward_pre_hook(_leave_hidden, with_kwargs=True)
 

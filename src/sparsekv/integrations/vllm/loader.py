@@ -82,9 +82,11 @@ def install(model: nn.Module, vllm_config: VllmConfig, method: Method) -> None:
         device=device,
     )
     spec = _spec(first, vllm_config, method)
+    neuron = None if method.loaded is None else method.loaded.config.neuron
     for index, name in enumerate(names):
         governed = Governed(index=index, rows=rows, spec=spec, last=index == len(names) - 1)
-        govern(layers[name], parents[name], governed, shares_with=names[0] if index else None)
+        shares_with = names[0] if index else None
+        govern(layers[name], parents[name], governed, shares_with=shares_with, neuron=neuron)
 
 
 def attention_of(vllm_config: VllmConfig) -> dict[str, Attention]:
@@ -132,14 +134,19 @@ def parents_of(model: nn.Module, layers: dict[str, Attention]) -> dict[str, nn.M
 def _heads(
     method: Method, layer: int, kv_heads: int, config: ModelConfig, vllm_config: VllmConfig, device: torch.device
 ) -> EvictionHead | None:
-    """The eviction head of a layer, its rows those of this rank's KV heads."""
+    """The eviction head of a layer, its rows those of this rank's KV heads; None where there is none. Raises ValueError
+    where a rank lacks the query heads that carry the logits."""
+    total, ranks = config.get_total_num_kv_heads(), get_tensor_model_parallel_world_size()
     if method.loaded is None:
         return None
-    first = first_head(
-        total=config.get_total_num_kv_heads(),
-        rank=get_tensor_model_parallel_rank(),
-        ranks=get_tensor_model_parallel_world_size(),
-    )
+    if method.loaded.config.neuron is not None:
+        if ranks > total:
+            raise ValueError(
+                f"sparsekv in vLLM: the first query head of each of {total} groups carries the logits, and not every "
+                f"one of {ranks} ranks has one; use --tensor-parallel-size {total}"
+            )
+        return None
+    first = first_head(total=total, rank=get_tensor_model_parallel_rank(), ranks=ranks)
     if layer not in method.loaded.heads:
         raise ValueError(f"sparsekv in vLLM: the adapter has no heads for layer {layer}; fetch or train it again")
     weights = method.loaded.heads[layer]

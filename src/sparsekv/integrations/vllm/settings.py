@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsekv.modeling.adapter import AdapterConfig, LoadedAdapter, load_adapter
+from sparsekv.modeling.neuron import as_read
 from sparsekv.policies import Policy, make_policy
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.policies.streaming import StreamingPolicy
@@ -87,7 +88,7 @@ def resolve(settings: Settings, config: "PreTrainedConfig") -> Method:
     """Read and check what the settings name, for a model of this configuration.
 
     Raises ValueError for an adapter of another model, one with LoRA that is not merged, or one that the plugin cannot
-    run (lag beyond 1, logits that the queries carry, DMC).
+    run (lag beyond 1, DMC).
     """
     if settings.policy == "streaming":
         assert settings.budget is not None
@@ -110,13 +111,14 @@ def resolve(settings: Settings, config: "PreTrainedConfig") -> Method:
 
 
 def make(method: Method, heads: list[Any], *, device: torch.device) -> Policy:
-    """The policy of a worker's layers; heads: an EvictionHead for each of them, of the worker's own KV heads."""
+    """The policy of a worker's layers; heads: by layer, an EvictionHead of the worker's own KV heads, or None."""
     settings = method.settings
     if method.loaded is None:
         return make_policy("streaming", budget=settings.budget, sinks=settings.sinks)
     config = method.loaded.config
     offset = 0.0 if settings.cr is None else config.offset_for(settings.cr, tokens=settings.tokens)
-    policy = DMSPolicy(heads, window=config.window, lag=config.lag, offset=offset)
+    sources = [as_read if head is None else head for head in heads]
+    policy = DMSPolicy(sources, window=config.window, lag=config.lag, offset=offset)
     policy.offset_on(device)  # made before any CUDA graph is recorded
     return policy
 
@@ -129,10 +131,5 @@ def _check_adapter(name: str, config: AdapterConfig) -> None:
         )
     if config.policy != "dms":
         raise ValueError(f"the adapter {name} is for policy {config.policy!r}; vLLM runs 'dms' alone")
-    if config.source != "linear":
-        raise ValueError(
-            f"the adapter {name} takes its logits from the queries, which vLLM's layers do not show; use sparsekv.LLM, "
-            "or an adapter of heads"
-        )
     if config.lag not in (0, 1):
         raise ValueError(f"the adapter {name} has lag {config.lag}; vLLM runs lag 0 and 1, and sparsekv.LLM any")
