@@ -185,7 +185,7 @@ class Bench:
         """Set the heads so that a sequence of `tokens` tokens is held at the ratio; returns what one of 4,096 is."""
         if self.options.mode != "plugin":
             return None
-        probe = min(4096, tokens)
+        probe = min(4096, tokens - 1)
         share = (tokens / self.options.ratio - WINDOW) / (tokens - WINDOW)
         low, high, held = -8.0, 8.0, 0.0
         self.llm.collective_rpc(_watch_releases, args=(probe,))

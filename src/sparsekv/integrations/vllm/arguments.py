@@ -9,6 +9,8 @@ CONNECTOR = "SparseConnector"
 """The class in integrations.vllm.connector, as --kv-transfer-config names it."""
 CHUNK = 2048
 """Tokens of a step. A prompt's chunk is bounded densely before it is measured: that much must be free."""
+RECORDED = 1024
+"""Tokens of the largest step that is a CUDA graph. Beyond, the device is busy for longer than the host launches."""
 
 
 def engine_args(
@@ -58,6 +60,7 @@ def engine_args(
         "enable_prefix_caching": False,
         "block_size": PAGE_SIZE,
         "max_num_batched_tokens": CHUNK,
+        "compilation_config": {"max_cudagraph_capture_size": RECORDED},
     }
 
 
