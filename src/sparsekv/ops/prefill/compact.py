@@ -10,6 +10,9 @@ of the sequence before chunk token t, so that a block of queries knows where its
 Positions count from the chunk's first token; a ring token of age a (0 = the newest) expires at window - 1 - a.
 """
 
+# triton.jit's types know no returned tuples.
+# pyright: reportGeneralTypeIssues=false
+
 from typing import NamedTuple
 
 import torch

@@ -12,6 +12,9 @@ whose first query is chunk token `first` picks an s <= max(0, first - window + 1
 Positions count from the chunk's first token. Nothing here waits for the device, and no length is compiled in.
 """
 
+# triton.jit's types know no returned tuples.
+# pyright: reportGeneralTypeIssues=false
+
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
