@@ -65,7 +65,7 @@ class Accounts:
         self._accounts: dict[str, _Account] = {}
         residue = np.arange(page_size, dtype=np.int64)
         self._residue = residue
-        self._near = np.stack([self._growth(t) for t in range(NEAR + 1)], axis=1)
+        self._near = np.stack([self._growth(t) for t in range(NEAR + 1)], axis=1).astype(np.float64)  # BLAS, and exact
         self._rest = np.where(residue > 0, page_size - residue, 0)
         """Slots that are not in use of a head's last page."""
         # By row.
@@ -95,7 +95,7 @@ class Accounts:
         account = self._accounts.get(request)
         if account is None or not self._measured[:, account.row].all():
             return self.heads * -(-tokens // self.page_size)
-        return int(self._most(np.array([account.row]), np.array([tokens]))[0])
+        return int(self._most(np.array([account.row]), np.array([[tokens]]))[0, 0])
 
     def needs(self, request: str, tokens: int) -> int:
         """Credits for the bound."""
@@ -153,27 +153,32 @@ class Accounts:
         if report.step <= self._last_report[worker]:
             return []
         self._last_report[worker] = report.step
-        self._tables[worker] = report.table
-        self._bounds[worker] = report.table[:, 1:2] + report.table[:, 2:] @ self._near
-        self._measured[worker] |= self._first_steps <= report.step
-        rows = np.flatnonzero(self._measured.all(0))
-        scheduled = np.array(self._scheduled)[rows]
-        bounds = np.stack([self._most(rows, scheduled + ahead) for ahead in range(AHEAD)], axis=1)
+        rows = np.flatnonzero(self._first_steps <= report.step)
+        table = report.table[rows]
+        self._tables[worker, rows] = table
+        self._bounds[worker, rows] = table[:, 1:2] + (table[:, 2:].astype(np.float64) @ self._near).astype(np.int64)
+        self._measured[worker, rows] = True
+        if self.workers > 1:
+            rows = rows[self._measured[:, rows].all(0)]
+        where = rows.tolist()
+        scheduled = [self._scheduled[row] for row in where]
+        bounds = self._most(rows, np.array(scheduled, dtype=np.int64)[:, None] + np.arange(AHEAD))
         surplus: list[Any] = []
-        needs = (-(-bounds // self.heads)).tolist()
-        for row, first, known in zip(rows.tolist(), scheduled.tolist(), needs, strict=True):
+        for row, first, known in zip(where, scheduled, (-(-bounds // self.heads)).tolist(), strict=True):
             self._needs[row] = first, known
             account = self._owners[row]
             assert account is not None
-            surplus += account.credits[known[0] :]
-            del account.credits[known[0] :]
+            if len(account.credits) > known[0]:
+                surplus += account.credits[known[0] :]
+                del account.credits[known[0] :]
         return surplus
 
     def totals(self) -> dict[str, float]:
         """What running requests had at the last report: tokens seen, tokens held (averaged over all heads), pages of
         the fullest worker; and the credits that they hold."""
-        measured = self._measured
-        seen, pages, hist = self._tables[..., 0], self._tables[..., 1], self._tables[..., 2:]
+        rows = np.flatnonzero(self._measured.any(0))
+        measured, tables = self._measured[:, rows], self._tables[:, rows]
+        seen, pages, hist = tables[..., 0], tables[..., 1], tables[..., 2:]
         slots = pages * self.page_size - hist @ self._rest
         heads = np.where(measured, hist.sum(-1), 0).sum(0)
         held = np.where(measured, slots, 0).sum(0) / np.maximum(heads, 1)
@@ -186,13 +191,13 @@ class Accounts:
         }
 
     def _most(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The bounds of rows that all workers have measured, each with so many tokens."""
-        more = np.maximum(tokens - self._tables[:, rows, 0], 0)
-        near = np.minimum(more, NEAR)
-        bounds = np.take_along_axis(self._bounds[:, rows], near[..., None], axis=2)[..., 0]
-        for worker, index in zip(*(more > NEAR).nonzero(), strict=True):
-            table = self._tables[worker, rows[index]]
-            bounds[worker, index] = table[1] + table[2:] @ self._growth(int(more[worker, index]))
+        """The bounds of rows [n] that all workers have measured, with each of tokens [n, k]: [n, k]."""
+        more = np.maximum(tokens - self._tables[:, rows, :1], 0)
+        bounds = np.take_along_axis(self._bounds[:, rows], np.minimum(more, NEAR), axis=2)
+        if more.max(initial=0) > NEAR:
+            for worker, index, at in zip(*(more > NEAR).nonzero(), strict=True):
+                table = self._tables[worker, rows[index]]
+                bounds[worker, index, at] = table[1] + table[2:] @ self._growth(int(more[worker, index, at]))
         return bounds.max(0)
 
     def _growth(self, tokens: int) -> NDArray[np.int64]:
