@@ -85,11 +85,12 @@ def bench_http(
             vocabulary=vocabulary,
             seed=seed,
         )
-        warm = replace(plan, requests=min(setup.rows, setup.requests), output=(16, 16 + setup.rows))
-        _send(warm)
-        direct = _direct(llm, replace(plan, requests=min(plan.requests, 2 * setup.rows)))
+        together = replace(plan, requests=min(plan.requests, 2 * setup.rows))
+        _send(replace(together, output=(16, 16 + setup.rows)))
+        _direct(llm, together)  # what is recorded when it is first used is recorded now
+        direct = _direct(llm, together)
         yield {"load": "direct", "tokens_per_s": direct, **shared}
-        peak = summary(_send(replace(plan, requests=min(plan.requests, 2 * setup.rows))))
+        peak = summary(_send(together))
         yield {"load": "peak", **peak, "http_cost": direct / peak["tokens_per_s"] - 1, **shared}
         rate = peak["requests_per_s"]
         for load, at in (("steady", LOAD * rate), ("twice", 2 * rate)):
