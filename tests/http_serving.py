@@ -11,7 +11,7 @@ import openai
 import tiny
 from serving import attached, engine
 from sparsekv import LLM
-from sparsekv.server.dial import Dial
+from sparsekv.server.operate.dial import Dial
 from sparsekv.server.run import DrainingServer
 from sparsekv.server.service import Service
 from sparsekv.server.settings import ServerSettings

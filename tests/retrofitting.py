@@ -8,8 +8,8 @@ from typing import Any
 
 from sparsekv.modeling import contexts
 from sparsekv.retrofit.config import RetrofitConfig
-from sparsekv.retrofit.data import Blend, blend
-from sparsekv.retrofit.documents import read_all
+from sparsekv.retrofit.data.documents import read_all
+from sparsekv.retrofit.data.rows import Blend, blend
 from sparsekv.retrofit.run import load_for_training, load_teacher
 from sparsekv.retrofit.trainer import RetrofitTrainer, train
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparsekv.integrations.vllm import engine_args
-from sparsekv.integrations.vllm.backend import SparseBuilder
+from sparsekv.integrations.vllm.worker.backend import SparseBuilder
 
 
 @contextmanager

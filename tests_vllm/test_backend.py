@@ -11,10 +11,10 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from models import LAYERS
 from sparsekv.integrations.vllm import engine_args
-from sparsekv.integrations.vllm.backend import SparseBuilder
-from sparsekv.integrations.vllm.buffers import StepBuffers
-from sparsekv.integrations.vllm.loader import first_head
-from sparsekv.integrations.vllm.spec import CreditSpec, expected_tokens
+from sparsekv.integrations.vllm.scheduler.spec import CreditSpec, expected_tokens
+from sparsekv.integrations.vllm.worker.backend import SparseBuilder
+from sparsekv.integrations.vllm.worker.buffers import StepBuffers
+from sparsekv.integrations.vllm.worker.loader import first_head
 
 SPEC = CreditSpec(
     block_size=32,

@@ -9,9 +9,9 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from sparsekv.integrations.vllm import register
-from sparsekv.integrations.vllm.accounts import Report
-from sparsekv.integrations.vllm.manager import NEVER, CreditManager, manager_of
-from sparsekv.integrations.vllm.spec import CreditSpec
+from sparsekv.integrations.vllm.scheduler.accounts import Report
+from sparsekv.integrations.vllm.scheduler.manager import NEVER, CreditManager, manager_of
+from sparsekv.integrations.vllm.scheduler.spec import CreditSpec
 
 HEADS, ROWS, BLOCKS = 6, 2, 9
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import sparsekv
 from engines import arrivals_and_aborts, engine, greedy, manager, nothing_is_left, recorded, scheduler, texts
-from sparsekv.integrations.vllm.rows import SHORTAGE
+from sparsekv.integrations.vllm.worker.rows import SHORTAGE
 
 BLOCKS = 10
 """One for vLLM's padding, eight for 256 tokens, one to spare."""

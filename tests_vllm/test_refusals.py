@@ -13,8 +13,8 @@ from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttentio
 from engines import engine
 from sparsekv.dms import NeuronSource
 from sparsekv.integrations.vllm import engine_args
-from sparsekv.integrations.vllm.neuron import wrap_rope
 from sparsekv.integrations.vllm.refusals import check_config, check_layer
+from sparsekv.integrations.vllm.worker.neuron import wrap_rope
 
 
 def config_of(made: Any, **options: Any) -> Any:

@@ -11,7 +11,7 @@ from distributing import fork
 from sparsekv.bench import together, together_process
 from sparsekv.bench.shapes import shape_of
 from sparsekv.bench.train import step_flops
-from sparsekv.cli.bench import app
+from sparsekv.cli.bench.command import app
 
 SPEC = {"shape": "tiny", "way": "alone", "trainable": "all", "processes": 1, "tokens": 160, "seed": 0}
 SPEC |= {"rows": 1, "batch": 1}

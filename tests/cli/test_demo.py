@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sparsekv
 from commands import TEXT, save_model, write_adapter
 from sparsekv.cache.pages import human_bytes
-from sparsekv.cli import demo
-from sparsekv.cli.demo_report import BLOCK, draw, readme_block, rewrite_readme, rows, table
-from sparsekv.cli.demo_run import CHUNK
-from sparsekv.cli.demo_task import Task, make_task
+from sparsekv.cli.demo import command as demo
+from sparsekv.cli.demo.report import BLOCK, draw, readme_block, rewrite_readme, rows, table
+from sparsekv.cli.demo.run import CHUNK
+from sparsekv.cli.demo.task import Task, make_task
 from sparsekv.cli.models import find_adapter
 from sparsekv.markdown import markers
 

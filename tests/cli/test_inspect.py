@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sparsekv
 from commands import TEXT
 from helpers import dms_model, tokens
-from sparsekv.cli.inspect import cut, inspect_text, to_record
-from sparsekv.cli.inspect_kinds import by_age, by_kind, kinds_of, sorted_heads
-from sparsekv.cli.inspect_page import Inspected, build_page
+from sparsekv.cli.inspect.command import cut, inspect_text, to_record
+from sparsekv.cli.inspect.kinds import by_age, by_kind, kinds_of, sorted_heads
+from sparsekv.cli.inspect.page import Inspected, build_page
 from sparsekv.modeling.trace import inspect
 
 WORDS = TEXT + "Naïve façade: 日本 🙂.\n\nLast."

@@ -44,7 +44,7 @@ def test_a_full_disk_while_fetching(load, tmp_path, monkeypatch):
 
 
 def test_a_page_that_could_not_be_written_is_refused_before_the_work(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparsekv.cli.inspect.open_model", lambda name: pytest.fail("the work began"))
+    monkeypatch.setattr("sparsekv.cli.inspect.command.open_model", lambda name: pytest.fail("the work began"))
     text = tmp_path / "text.txt"
     text.write_text("The old lighthouse")
     words = ["inspect", "model", "--adapter", "a", "--file", text, "--html"]

@@ -9,7 +9,7 @@ from sparsekv.evals.grammar import forms, wordings, words
 from sparsekv.evals.grammar.puzzles import SENTENCE, WAYS, Part, forms_of, puzzle, relations
 from sparsekv.evals.items import ItemBuilder
 from sparsekv.evals.retrieval import GRAMMAR, retrieval_cells
-from sparsekv.retrofit.retrieval_rows import grammar_item
+from sparsekv.retrofit.data.retrieval_rows import grammar_item
 
 TRAINING, NEW = Part(), Part(relations=True, wordings=True)
 

@@ -14,7 +14,7 @@ from http_serving import CHAT, Running, serving, wait_for
 from serving import assert_empty
 from sparsekv import LLM
 from sparsekv.modeling.load import load_model
-from sparsekv.server.dial import Dial
+from sparsekv.server.operate.dial import Dial
 
 pytestmark = pytest.mark.page
 

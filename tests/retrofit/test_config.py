@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from sparsekv.retrofit.config import load_config, parse_config, save_config
-from sparsekv.retrofit.data_config import Source
+from sparsekv.retrofit.data.config import Source
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = {"model": "m", "output": "o", "data": [{"kind": "text", "names": ["t.txt"]}, {"kind": "retrieval"}]}

@@ -13,10 +13,10 @@ import tiny
 from sparsekv.evals import templates
 from sparsekv.evals.corpus import Corpus
 from sparsekv.evals.items import ItemBuilder
-from sparsekv.retrofit.data import Blend, blend
-from sparsekv.retrofit.data_config import Source, describe_data, texts_of
-from sparsekv.retrofit.documents import Documents, held_out, read_all
-from sparsekv.retrofit.retrieval_rows import training_item
+from sparsekv.retrofit.data.config import Source, describe_data, texts_of
+from sparsekv.retrofit.data.documents import Documents, held_out, read_all
+from sparsekv.retrofit.data.retrieval_rows import training_item
+from sparsekv.retrofit.data.rows import Blend, blend
 
 TOKENIZER = tiny.tokenizer()
 TEXT = tiny.text(1500, seed=9)
@@ -259,7 +259,7 @@ def test_the_models_own_text_is_decided_by_the_seed_and_kept(folder: Path, tmp_p
     kept.unlink()
     assert texts(0) == first
     assert texts(1) != first
-    monkeypatch.setattr("sparsekv.retrofit.own_text.load_model", None)
+    monkeypatch.setattr("sparsekv.retrofit.data.own_text.load_model", None)
     assert texts(0) == first
     drawn = Source(kind="self", documents=2, tokens=24)
     monkeypatch.undo()

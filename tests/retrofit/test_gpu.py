@@ -12,8 +12,8 @@ from sparsekv.evals.corpus import Corpus
 from sparsekv.evals.forward import read
 from sparsekv.modeling.split import SplitModel
 from sparsekv.retrofit.config import RetrofitConfig
-from sparsekv.retrofit.data import blend
-from sparsekv.retrofit.documents import read_all
+from sparsekv.retrofit.data.documents import read_all
+from sparsekv.retrofit.data.rows import blend
 from sparsekv.retrofit.trainer import train
 
 pytestmark = pytest.mark.gpu

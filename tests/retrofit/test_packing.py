@@ -11,7 +11,7 @@ import tiny
 from helpers import tiny_model, tokens
 from sparsekv.modeling import contexts
 from sparsekv.modeling.split import SplitModel
-from sparsekv.retrofit.packing import joined, pack
+from sparsekv.retrofit.data.packing import joined, pack
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 

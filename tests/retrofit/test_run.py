@@ -22,8 +22,8 @@ from sparsekv.modeling.load import load_model
 from sparsekv.retrofit import __main__ as entry
 from sparsekv.retrofit.checkpoint import reason
 from sparsekv.retrofit.config import RetrofitConfig, save_config
-from sparsekv.retrofit.data import blend
-from sparsekv.retrofit.documents import read_all
+from sparsekv.retrofit.data.documents import read_all
+from sparsekv.retrofit.data.rows import blend
 from sparsekv.retrofit.export import export
 from sparsekv.retrofit.run import load_for_training, load_result, load_teacher, prepare_output, run
 from sparsekv.retrofit.trainer import adapter_config, train

@@ -19,7 +19,7 @@ from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.load import load_model
 from sparsekv.retrofit import checkpoint
 from sparsekv.retrofit.config import RetrofitConfig
-from sparsekv.retrofit.data import Blend
+from sparsekv.retrofit.data.rows import Blend
 from sparsekv.retrofit.distill import Distillation, Draw, marked_fractions
 from sparsekv.retrofit.metrics import blocks
 from sparsekv.retrofit.trainer import make_trainable, train

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparsekv.server.bench import Setup, bench_http, numbered, summary
-from sparsekv.server.load import Met
+from sparsekv.server.load.bench import Setup, bench_http, numbered, summary
+from sparsekv.server.load.clients import Met
 
 
 def met(status: int = 200, *, sent: float = 0.0, moments: tuple[float, ...] = (1.0, 2.0)) -> Met:

@@ -13,7 +13,7 @@ from http_serving import Running, serving, wait_for
 from serving import assert_empty
 from sparsekv import LLM
 from sparsekv.modeling.load import load_model
-from sparsekv.server.dial import Dial, bounds
+from sparsekv.server.operate.dial import Dial, bounds
 
 
 @pytest.fixture(scope="module")

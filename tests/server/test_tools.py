@@ -5,7 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekv.server.tools import BEGIN, END, split
+from sparsekv.server.openai.tools import BEGIN, END, split
 
 CALL = BEGIN + '{"name": "f", "arguments": {"x": [1, "é"]}}' + END
 

@@ -8,7 +8,7 @@ import torch
 from http_serving import Running, serving, tiny_llm
 from serving import alone, assert_empty
 from sparsekv import inspect
-from sparsekv.server.watch import pieces
+from sparsekv.server.operate.watch import pieces
 
 MESSAGES: list[Any] = [{"role": "user", "content": "the river slowly turns under the old green mountain 🙂"}]
 

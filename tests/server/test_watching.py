@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from http_serving import Running, serving, tiny_llm
-from sparsekv.server.logs import JSONFormatter
+from sparsekv.server.operate.logs import JSONFormatter
 
 SECRET = "harbour-9731"
 STEMS = (

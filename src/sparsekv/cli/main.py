@@ -18,7 +18,10 @@ from sparsekv import __version__
 from sparsekv.cli.config import with_config
 
 _COMMANDS = {
-    "demo": ("sparsekv.cli.demo", "The embedded model: what compression costs and saves, in two minutes on a CPU."),
+    "demo": (
+        "sparsekv.cli.demo.command",
+        "The embedded model: what compression costs and saves, in two minutes on a CPU.",
+    ),
     "generate": ("sparsekv.cli.generate", "Text from a prompt, with a cache that forgets."),
     "serve": ("sparsekv.cli.serve", "An OpenAI-compatible server, and a page that shows what is forgotten."),
     "retrofit": ("sparsekv.cli.retrofit", "Teach a model's attention heads which tokens they can forget."),
@@ -26,7 +29,7 @@ _COMMANDS = {
     "eval": ("sparsekv.cli.eval", "Score a model on tasks, with a cache that forgets."),
     "policies": ("sparsekv.cli.policies", "The methods: what they do, need and free."),
     "inspect": (
-        "sparsekv.cli.inspect",
+        "sparsekv.cli.inspect.command",
         "Which head forgot which token of a text, by any method, as JSON, page and picture.",
     ),
     "convert": (
@@ -34,9 +37,9 @@ _COMMANDS = {
         "A checkpoint of other DMS code into an adapter; a LoRA merged into a plain model.",
     ),
     "scale": ("sparsekv.cli.scale", "Many chains of many lengths at many ratios: what is right at equal cost."),
-    "plan": ("sparsekv.cli.plan", "What a decode step will cost on a GPU: latency, memory, energy, price."),
+    "plan": ("sparsekv.cli.plan.command", "What a decode step will cost on a GPU: latency, memory, energy, price."),
     "vllm-args": ("sparsekv.cli.vllm_args", "The arguments that make `vllm serve` forget."),
-    "bench": ("sparsekv.cli.bench", "Speed, side by side with plain Transformers."),
+    "bench": ("sparsekv.cli.bench.command", "Speed, side by side with plain Transformers."),
 }
 """Name -> (module, one line of help)."""
 

@@ -88,7 +88,7 @@ def command(
         cors=tuple(cors_origin or ()),
         log_prompts=log_prompts,
     )
-    from sparsekv.server.dial import bounds
+    from sparsekv.server.operate.dial import bounds
 
     between = None if adaptive_cr is None else bounds(adaptive_cr)
     if between is not None and (adapter is None or cr is not None or fixed_cr):
@@ -96,8 +96,8 @@ def command(
     if between is not None:
         setting = setting_of(adapter=adapter, policy=policy, cr=between[0], budget=budget, options=option)
     from sparsekv.engine import LLM
-    from sparsekv.server.dial import Dial
-    from sparsekv.server.logs import configure
+    from sparsekv.server.operate.dial import Dial
+    from sparsekv.server.operate.logs import configure
     from sparsekv.server.run import DrainingServer
     from sparsekv.server.service import Service
 

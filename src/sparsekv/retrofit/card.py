@@ -7,7 +7,7 @@ from sparsekv.evals.retrieval import GRAMMAR
 from sparsekv.markdown import table
 from sparsekv.modeling.adapter import AdapterConfig
 from sparsekv.retrofit.config import RetrofitConfig
-from sparsekv.retrofit.data_config import describe_data
+from sparsekv.retrofit.data.config import describe_data
 
 NEVER_TRAINED = (*GRAMMAR, "unseen", "look-up", "multi-needle", "variable tracking")
 """Kinds of retrieval in forms that no training shows."""

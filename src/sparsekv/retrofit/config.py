@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from sparsekv.evals.settings import CalibrationConfig, EvaluationConfig
-from sparsekv.retrofit.data_config import Source, check_data
+from sparsekv.retrofit.data.config import Source, check_data
 from sparsekv.retrofit.parse import parse, read_yaml
 
 POLICIES = ("dms", "dmc")

@@ -33,10 +33,10 @@ from sparsekv.provenance import environment
 from sparsekv.retrofit.card import model_card
 from sparsekv.retrofit.checkpoint import CHECKPOINTS, told
 from sparsekv.retrofit.config import RetrofitConfig, load_config, save_config
-from sparsekv.retrofit.data import blend
-from sparsekv.retrofit.data_config import describe_data, texts_of
-from sparsekv.retrofit.documents import Documents, read_all
-from sparsekv.retrofit.documents import held_out as held_out_of
+from sparsekv.retrofit.data.config import describe_data, texts_of
+from sparsekv.retrofit.data.documents import Documents, read_all
+from sparsekv.retrofit.data.documents import held_out as held_out_of
+from sparsekv.retrofit.data.rows import blend
 from sparsekv.retrofit.export import MODEL_FOLDER, export
 from sparsekv.retrofit.metrics import METRICS_FILE
 from sparsekv.retrofit.trainer import adapter_config, train

@@ -35,7 +35,7 @@ from sparsekv.modeling.dmc import clear_channel
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.retrofit import checkpoint as checkpoints
 from sparsekv.retrofit.config import RetrofitConfig
-from sparsekv.retrofit.data import Blend
+from sparsekv.retrofit.data.rows import Blend
 from sparsekv.retrofit.distill import Distillation, Draw
 from sparsekv.retrofit.export import export
 from sparsekv.retrofit.metrics import MetricsCallback

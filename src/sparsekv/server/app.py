@@ -14,19 +14,25 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from sparsekv import __version__
 from sparsekv.modeling.attach import attachment_of
-from sparsekv.server import errors
-from sparsekv.server.chat import Chat
-from sparsekv.server.completions import Completion
-from sparsekv.server.dial import PAUSE
-from sparsekv.server.errors import ApiError
-from sparsekv.server.guard import Guard
-from sparsekv.server.logs import Logged
-from sparsekv.server.prompts import Prompts, scored
-from sparsekv.server.replies import EventStream, JSONReply, Reply
-from sparsekv.server.requests import ChatRequest, CompletionRequest, DetokenizeRequest, DialRequest, TokenizeRequest
+from sparsekv.server.openai import errors
+from sparsekv.server.openai.chat import Chat
+from sparsekv.server.openai.completions import Completion
+from sparsekv.server.openai.errors import ApiError
+from sparsekv.server.openai.prompts import Prompts, scored
+from sparsekv.server.openai.replies import EventStream, JSONReply, Reply
+from sparsekv.server.openai.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    DialRequest,
+    TokenizeRequest,
+)
+from sparsekv.server.operate.dial import PAUSE
+from sparsekv.server.operate.guard import Guard
+from sparsekv.server.operate.logs import Logged
+from sparsekv.server.operate.status import describe
 from sparsekv.server.service import Service
 from sparsekv.server.settings import ServerSettings
-from sparsekv.server.status import describe
 
 
 class ErrorBody(BaseModel):

@@ -16,12 +16,12 @@ from sparsekv.engine.llm import LLM
 from sparsekv.engine.outputs import RequestOutput, Session
 from sparsekv.engine.params import SamplingParams
 from sparsekv.engine.schedule.request import StopWhen
-from sparsekv.server.dial import Dial
-from sparsekv.server.errors import ApiError
-from sparsekv.server.metrics import Metrics
+from sparsekv.server.openai.errors import ApiError
+from sparsekv.server.operate.dial import Dial
+from sparsekv.server.operate.metrics import Metrics
+from sparsekv.server.operate.watch import Watch
 from sparsekv.server.prefixes import Prefixes
 from sparsekv.server.settings import ServerSettings
-from sparsekv.server.watch import Watch
 
 PACE, MOST_PACE = 0.0005, 0.05
 """Seconds between two states of a stream, for each sample in the server, and at most: many streams compete with the

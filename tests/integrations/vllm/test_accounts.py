@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sparsekv.integrations.vllm.accounts import NEAR, Accounts, Report
+from sparsekv.integrations.vllm.scheduler.accounts import NEAR, Accounts, Report
 
 SIZE, ROWS = 4, 3
 

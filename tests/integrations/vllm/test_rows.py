@@ -13,7 +13,7 @@ from torch import Tensor
 from helpers import check_pages
 from sparsekv.attend import Part
 from sparsekv.dms import EvictionHead
-from sparsekv.integrations.vllm.rows import Rows
+from sparsekv.integrations.vllm.worker.rows import Rows
 from sparsekv.ops.layout import batch_of
 from sparsekv.policies.dms import DMSPolicy
 

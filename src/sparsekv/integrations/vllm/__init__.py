@@ -1,8 +1,8 @@
 """DMS in unmodified vLLM. vLLM imports `register` by its entry point `vllm.general_plugins`; see docs/vllm.md.
 
-A vLLM block is a credit, a page for every layer and KV head (accounts); the scheduler's manager hands out credits and
-rows (manager), the workers keep pages, lengths and tables (rows); a KV connector carries rows out and reports in
-(connector); the loader puts our attention into the layers (loader, layer, backend).
+A vLLM block is a credit, a page for every layer and KV head; the scheduler's manager hands out credits and rows
+(`scheduler`), the workers keep pages, lengths and tables, and have our attention in the layers of the models that they
+load (`worker`); a KV connector carries rows out and reports in (`connector`).
 """
 
 # vLLM is not installed where types are checked.

@@ -17,11 +17,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from sparsekv.integrations.vllm.accounts import Report
-from sparsekv.integrations.vllm.layer import SparseAttention
-from sparsekv.integrations.vllm.manager import CreditManager, manager_of
-from sparsekv.integrations.vllm.rows import Rows
-from sparsekv.integrations.vllm.stats import PREEMPTIONS, SparseProm, SparseStats
+from sparsekv.integrations.vllm.scheduler.accounts import Report
+from sparsekv.integrations.vllm.scheduler.manager import CreditManager, manager_of
+from sparsekv.integrations.vllm.scheduler.stats import PREEMPTIONS, SparseProm, SparseStats
+from sparsekv.integrations.vllm.worker.layer import SparseAttention
+from sparsekv.integrations.vllm.worker.rows import Rows
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool

@@ -9,12 +9,12 @@ from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from sparsekv.integrations.vllm.loader import SparseLoader
-from sparsekv.integrations.vllm.manager import CreditManager
-from sparsekv.integrations.vllm.spec import CreditSpec
+from sparsekv.integrations.vllm.scheduler.manager import CreditManager
+from sparsekv.integrations.vllm.scheduler.spec import CreditSpec
+from sparsekv.integrations.vllm.worker.loader import SparseLoader
 
 LOAD_FORMAT = "sparsekv"
-_BACKEND = "sparsekv.integrations.vllm.backend.SparseBackend"
+_BACKEND = "sparsekv.integrations.vllm.worker.backend.SparseBackend"
 _registered = False
 
 

@@ -21,8 +21,8 @@ from sparsekv.json_lines import append, read_lines
 from sparsekv.modeling.adapter import read_adapter
 from sparsekv.modeling.attach import heads
 from sparsekv.retrofit import run as retrofit
-from sparsekv.retrofit.data_config import texts_of
-from sparsekv.retrofit.documents import held_out, read_all
+from sparsekv.retrofit.data.config import texts_of
+from sparsekv.retrofit.data.documents import held_out, read_all
 from sparsekv.retrofit.metrics import METRICS_FILE
 from sparsekv.studies.ablations.controls import CONTROLS
 from sparsekv.studies.ablations.study import BASE, Run, Study

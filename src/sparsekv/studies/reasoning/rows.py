@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekv.retrofit.packing import Row, pack
+from sparsekv.retrofit.data.packing import Row, pack
 
 IGNORE = -100
 """The label of what is not learned."""

@@ -1,0 +1,1 @@
+"""`sparsekv bench`: speed, a file for each kind of work."""

@@ -1,0 +1,1 @@
+"""`sparsekv demo`: what is run, on which task, and its table."""

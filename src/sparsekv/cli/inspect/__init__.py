@@ -1,0 +1,1 @@
+"""`sparsekv inspect`: what is asked, its figures and its page."""

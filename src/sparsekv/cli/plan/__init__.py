@@ -1,0 +1,1 @@
+"""`sparsekv plan`: what is asked, and its report."""

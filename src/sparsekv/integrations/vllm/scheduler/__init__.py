@@ -1,0 +1,1 @@
+"""The side of vLLM's scheduler: what requests may take."""

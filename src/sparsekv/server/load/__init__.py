@@ -1,0 +1,1 @@
+"""The server under load: clients, and what they measure."""

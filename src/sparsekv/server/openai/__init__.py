@@ -1,0 +1,1 @@
+"""OpenAI's interface: what may be asked, what is answered."""

@@ -1,0 +1,1 @@
+"""What an operator needs: keys, logs, metrics, the dial, and what the page shows."""
