@@ -53,7 +53,9 @@ def command(
     held_out = split(fetch_text("encyclopedia"))[1]
     task = make_task(tokenizer, held_out, seed=seed, context=CONTEXT, continuation=CONTINUATION)
     notes.print(f'Hidden in "{task.title}": {task.fact} Asked: {task.question}', highlight=False)
-    results = measure(model, tokenizer, task, adapter=adapter, seed=seed, notes=notes, generate=GENERATE)
+    results = measure(
+        model, tokenizer, task, adapter=adapter, seed=seed, notes=notes, methods=METHODS, generate=GENERATE
+    )
     page = build_page(_inspected(model, tokenizer, task, adapter))
 
     out.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def measure(
     adapter: str,
     seed: int,
     notes: Any,
-    methods: Sequence[tuple[str, float]] = METHODS,
+    methods: Sequence[tuple[str, float]],
     generate: int,
 ) -> dict[str, Any]:
     """The results, JSON-ready: one run of an unattached model for each policy and ratio."""
