@@ -67,8 +67,7 @@ class StepBuffers:
         rows, starts = self._split, self._starts[: count + 2].clamp(max=tokens)
         decodes = Batch(rows=rows[0, :count], starts=self._single[: count + 1], longest=1)
         chunks = Batch(rows=rows[1, : count + 1], starts=starts, longest=max(2, tokens))
-        options = {"most": self.max_tokens}
         return (
-            Part(batch=decodes, seen=self._seen[:count], tokens=count, **options),
-            Part(batch=chunks, seen=self._seen[: count + 1], tokens=tokens, **options),
+            Part(batch=decodes, seen=self._seen[:count], tokens=count, most=self.max_tokens),
+            Part(batch=chunks, seen=self._seen[: count + 1], tokens=tokens, most=self.max_tokens),
         )
