@@ -187,14 +187,15 @@ class Bench:
             return None
         probe = min(4096, tokens - 1)
         share = (tokens / self.options.ratio - WINDOW) / (tokens - WINDOW)
+        want = WINDOW + share * (probe - WINDOW)
         low, high, held = -8.0, 8.0, 0.0
         self.llm.collective_rpc(_watch_releases, args=(probe,))
-        for _ in range(12):
+        while abs(held - want) > 0.01 * want and high - low > 1e-6:
             offset = (low + high) / 2
             self.llm.collective_rpc(_set_offset, args=(offset,))
             self.run(self.prompts(1, probe), [1])
             held = self._held()
-            if (held - WINDOW) / (probe - WINDOW) > share:
+            if held > want:
                 low = offset
             else:
                 high = offset
