@@ -55,7 +55,7 @@ class CreditManager(SingleTypeKVCacheManager):
         Raises RuntimeError where a request alone needs more than there is, which only a trusted ratio allows.
         """
         if apply_admission_cap:
-            return -(-expected_tokens(self.spec, num_tokens) // self.spec.block_size) + 1
+            return min(self.blocks, -(-expected_tokens(self.spec, num_tokens) // self.spec.block_size) + 1)
         lacking = self.accounts.lacks(request_id, num_tokens)
         if lacking is None:
             return NEVER

@@ -48,5 +48,5 @@ class CreditSpec(FullAttentionSpec):
 
 def expected_tokens(spec: Any, tokens: int) -> int:
     """Tokens that a head is expected to hold of `tokens`."""
-    held = max(min(tokens, spec.window), int(-(-tokens // spec.ratio)))
+    held = max(min(tokens, spec.window), int(-(-tokens // max(spec.ratio, spec.trusted_ratio))))
     return held if spec.most is None else min(held, spec.most)
