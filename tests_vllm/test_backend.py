@@ -161,5 +161,7 @@ def test_one_whole_sequence_is_asked_for(config):
 
 def test_what_is_expected_of_a_request():
     assert [expected_tokens(SPEC, n) for n in (5, 16, 40, 400)] == [5, 16, 16, 100]
+    trusting = CreditSpec(**{**SPEC.__dict__, "trusted_ratio": 8.0})
+    assert expected_tokens(trusting, 400) == 50
     streaming = CreditSpec(**{**SPEC.__dict__, "ratio": 1.0, "most": 64})
     assert [expected_tokens(streaming, n) for n in (5, 64, 400)] == [5, 64, 64]

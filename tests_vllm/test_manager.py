@@ -81,6 +81,11 @@ def test_admission_expects_and_steps_do_not(manager):
     assert ask(manager, "a", 400) == 13
 
 
+def test_a_prompt_that_may_need_all_that_there_is_does_not_wait_for_more(manager):
+    """vLLM would ask again in every step, for ever."""
+    assert ask(manager, "a", 4000, admission=True) == BLOCKS - 1
+
+
 def test_without_a_row_nothing_fits(manager):
     give(manager, "a", 1)
     give(manager, "b", 1)

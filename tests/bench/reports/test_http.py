@@ -24,7 +24,7 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_the_published_table_is_that_of_the_results(tmp_path: Path) -> None:
-    assert_published(main, "serve-http-cpu.jsonl", ["docs/serve.md"], tmp_path, block=BLOCK)
+    assert_published(main, "serve-http.jsonl", ["docs/serve.md"], tmp_path, block=BLOCK)
 
 
 def test_aims() -> None:

@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-NEAR = 4
-"""Tokens ahead of a report for which bounds are worked out at once for all rows."""
 AHEAD = 3
 """Numbers of tokens, from those that were scheduled on, whose needs are worked out at once for all rows."""
 NEVER = np.iinfo(np.int64).max
@@ -63,11 +61,8 @@ class Accounts:
         self._free_rows = list(range(rows - 1, -1, -1))
         self._released = dict.fromkeys(range(rows))
         self._accounts: dict[str, _Account] = {}
-        residue = np.arange(page_size, dtype=np.int64)
-        self._residue = residue
-        self._near = np.stack([self._growth(t) for t in range(NEAR + 1)], axis=1).astype(np.float64)  # BLAS, and exact
-        self._rest = np.where(residue > 0, page_size - residue, 0)
-        """Slots that are not in use of a head's last page."""
+        self._rest = -np.arange(page_size) % page_size
+        """Slots that are free in a head's last page, by its length modulo the page size; and the other way round."""
         # By row.
         self._owners: list[_Account | None] = [None] * rows
         self._first_steps = np.full(rows, NEVER)
@@ -80,8 +75,8 @@ class Accounts:
         self._last_report = [0] * workers
         self._measured = np.zeros((workers, rows), dtype=bool)
         self._tables = np.zeros((workers, rows, 2 + page_size), dtype=np.int32)
-        self._bounds = np.zeros((workers, rows, NEAR + 1), dtype=np.int64)
-        """Pages with 0, 1 ... NEAR tokens more."""
+        self._bounds = np.zeros((workers, rows, page_size + 1), dtype=np.int64)
+        """Pages with 0, 1 ... C tokens more."""
 
     def __len__(self) -> int:
         return len(self._accounts)
@@ -156,7 +151,8 @@ class Accounts:
         rows = np.flatnonzero(self._first_steps <= report.step)
         table = report.table[rows]
         self._tables[worker, rows] = table
-        self._bounds[worker, rows] = table[:, 1:2] + (table[:, 2:].astype(np.float64) @ self._near).astype(np.int64)
+        self._bounds[worker, rows, 0] = table[:, 1]
+        self._bounds[worker, rows, 1:] = table[:, 1:2] + table[:, 2 + self._rest].cumsum(1)
         self._measured[worker, rows] = True
         if self.workers > 1:
             rows = rows[self._measured[:, rows].all(0)]
@@ -192,15 +188,7 @@ class Accounts:
 
     def _most(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """The bounds of rows [n] that all workers have measured, with each of tokens [n, k]: [n, k]."""
-        more = np.maximum(tokens - self._tables[:, rows, :1], 0)
-        bounds = np.take_along_axis(self._bounds[:, rows], np.minimum(more, NEAR), axis=2)
-        if more.max(initial=0) > NEAR:
-            for worker, index, at in zip(*(more > NEAR).nonzero(), strict=True):
-                table = self._tables[worker, rows[index]]
-                bounds[worker, index, at] = table[1] + table[2:] @ self._growth(int(more[worker, index, at]))
-        return bounds.max(0)
-
-    def _growth(self, tokens: int) -> NDArray[np.int64]:
-        """int64 [C]: pages that a head of each length modulo C takes at most in so many tokens more."""
-        size = self.page_size
-        return -(-(self._residue + tokens) // size) - (self._residue > 0)
+        whole, rest = np.divmod(np.maximum(tokens - self._tables[:, rows, :1], 0), self.page_size)
+        bounds = self._bounds[:, rows]
+        heads = bounds[..., -1:] - bounds[..., :1]  # each takes one page in so many tokens as a page has
+        return (np.take_along_axis(bounds, rest, axis=2) + whole * heads).max(0)
