@@ -1,7 +1,8 @@
 """Many clients at once over a pool too small for them: some leave, read slowly, send rubbish or a wrong key. Each
-answer is that of the request alone, no page is left behind, nobody hangs."""
+answer is that of the request alone, no page is left behind and no request's state, nobody hangs."""
 
 import asyncio
+import gc
 import json
 import random
 from collections import Counter
@@ -17,7 +18,7 @@ from sparsekv import LLM, SamplingParams
 PROMPTS = ("the river", "a ship sails under the green light and slowly turns", "old", "mountain and river " * 12)
 NEW = 20
 KEY = "right-key"
-CLIENTS = 24
+CLIENTS = 64
 ACTIONS = ("ask", "ask", "ask", "stream", "slow", "leave", "many", "key", "rubbish", "oversize")
 
 
@@ -128,6 +129,13 @@ async def crowd(server: Running, *, clients: int, actions: int, seed: int) -> Co
     return did
 
 
+def our_objects() -> Counter[str]:
+    """How many there are, by class."""
+    gc.collect()
+    classes = (type(found) for found in gc.get_objects())
+    return Counter(str(found) for found in classes if str(found.__module__).startswith("sparsekv"))
+
+
 def test_a_crowd() -> None:
     for which in range(len(PROMPTS)):
         for samples in (1, 16):
@@ -136,6 +144,10 @@ def test_a_crowd() -> None:
     with serving(llm, max_waiting=200, max_body=100_000, api_keys=(KEY,)) as server:
         did = asyncio.run(crowd(server, clients=CLIENTS, actions=1, seed=1))
         wait_for(lambda: server.service.samples == 0 and not llm.engine.requests)
+        kept = our_objects()
+        asyncio.run(crowd(server, clients=CLIENTS // 4, actions=1, seed=2))
+        wait_for(lambda: server.service.samples == 0 and not llm.engine.requests)
+        assert our_objects() == kept
         assert llm.engine.preemptions > 0
         assert did["answered"] >= 5
         assert did.total() == CLIENTS
