@@ -1,6 +1,6 @@
-"""Shuffled assignments modulo 1000, one variable asked for: looked up and evaluated depth first. Voted.
+"""Shuffled assignments modulo 100, one variable asked for: looked up and evaluated depth first. Voted.
 
-    program / c=a-b / a=412 / b=77 / c?   ->   c=a-b / a=412 / b=77 / c=412-77=335 / ans 335
+    program / c=a-b / a=41 / b=7 / c?   ->   c=a-b / a=41 / b=7 / c=41-7=34 / ans 34
 
 Difficulty: lines at most, of which there are three quarters or more. A chain has to find each line in the prompt and
 each value in itself, at any distance.
@@ -14,7 +14,7 @@ from sparsekv.evals.problems.base import Problem
 from sparsekv.evals.problems.procedural import Procedural
 
 NAMES = [chr(c) for c in (*range(97, 123), *range(65, 91))] + [a + b for a in "bdfgklmnprst" for b in "aeiou"]
-MODULUS = 1000
+MODULUS = 100
 _REUSED = 0.2
 """How often an operand is any earlier variable, and not one that nothing reads yet."""
 _ASKED = 0.75
