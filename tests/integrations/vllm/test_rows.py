@@ -13,6 +13,7 @@ from torch import Tensor
 from helpers import check_pages
 from sparsekv.attend import Part
 from sparsekv.dms import EvictionHead
+from sparsekv.integrations.vllm.worker.fill import Step
 from sparsekv.integrations.vllm.worker.rows import Rows
 from sparsekv.ops.layout import batch_of
 from sparsekv.policies.dms import DMSPolicy
@@ -105,8 +106,9 @@ def fill(rows: Rows, which: list[int], counts: list[int]) -> tuple[Tensor, int]:
     """Tell the buffers of a step; returns starts and how many decodes come first."""
     starts = torch.tensor([0, *counts]).cumsum(0).int()
     decodes = next((i for i, count in enumerate(counts) if count > 1), len(counts))
-    row = torch.tensor(which)
-    rows.buffers.fill(row, starts, rows.cache.seen[0][row], decodes=decodes)
+    row = torch.tensor(which, dtype=torch.int32)
+    slots, after = torch.zeros(sum(counts), dtype=torch.int64), rows.cache.seen[0][row] + starts.diff()
+    rows.buffers.fill(Step(blocks=row[:, None] + 1, slots=slots, starts=starts, after=after, decodes=decodes))
     return starts, decodes
 
 

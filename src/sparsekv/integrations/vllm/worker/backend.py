@@ -23,6 +23,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from sparsekv.attend import Part
 from sparsekv.integrations.vllm.settings import PAGE_SIZE
 from sparsekv.integrations.vllm.worker.buffers import StepBuffers
+from sparsekv.integrations.vllm.worker.fill import Step
 
 
 @dataclass
@@ -53,9 +54,16 @@ class SparseBuilder(AttentionMetadataBuilder[SparseMetadata]):
         m = common_attn_metadata
         count = m.num_reqs
         starts = m.query_start_loc[: count + 1]
-        seen = m.seq_lens[:count] - (starts[1:] - starts[:-1])
         decodes, *_ = split_decodes_and_prefills(m, decode_threshold=1)
-        self._buffers.fill(rows_of(m.block_table_tensor, m.slot_mapping, starts), starts, seen, decodes=decodes)
+        self._buffers.fill(
+            Step(
+                blocks=m.block_table_tensor,
+                slots=m.slot_mapping,
+                starts=starts,
+                after=m.seq_lens[:count],
+                decodes=decodes,
+            )
+        )
         on_host = m.query_start_loc_cpu[: count + 1]
         lengths = on_host[decodes + 1 :] - on_host[decodes:-1]
         chunks = int((lengths > 0).sum())
@@ -65,14 +73,6 @@ class SparseBuilder(AttentionMetadataBuilder[SparseMetadata]):
             mine = starts[decodes : decodes + chunks + 1]
             parts.append(self._buffers.chunks(mine, decodes, longest=longest, tokens=tokens))
         return SparseMetadata(parts=parts)
-
-
-def rows_of(block_table: Tensor, slot_mapping: Tensor, starts: Tensor) -> Tensor:
-    """int64 [B]: each request's row by its one block, row + 1; -1 for padding, and for dummy batches, whose tokens have
-    no slot and whose block tables are stale."""
-    count = len(starts) - 1
-    first = slot_mapping[starts[:-1].long().clamp(max=len(slot_mapping) - 1)]
-    return torch.where(first < 0, -1, block_table[:count, 0].long() - 1)
 
 
 class SparseImpl(AttentionImpl[SparseMetadata]):

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsekv.attend import Part
+from sparsekv.integrations.vllm.worker.fill import BEYOND, Step, Target, fill
 from sparsekv.ops.layout import Batch
-
-BEYOND = 2**31 - 1
-"""Where requests that do not exist start: behind every token."""
 
 
 class StepBuffers:
@@ -31,19 +29,11 @@ class StepBuffers:
         """Rows of decodes; rows of chunks."""
         self._starts = torch.full((requests + 2,), BEYOND, dtype=torch.int32, device=device)
         self._starts[0] = 0
+        self._target = Target(rows=self._rows, seen=self._seen, split=self._split, starts=self._starts)
 
-    def fill(self, rows: Tensor, starts: Tensor, seen: Tensor, *, decodes: int) -> None:
-        """The requests of a step, the first `decodes` of which have one token: rows int64 [B], starts int32 [B + 1],
-        seen int32 [B]: tokens before the step. B may be padded to `places` where all are decodes."""
-        count = len(rows)
-        self._rows[:count] = rows
-        self._seen[:count] = seen
-        if count <= self.requests:
-            self.empty()
-            self._split[0, :decodes] = rows[:decodes]
-            self._split[1, decodes:count] = rows[decodes:]
-            self._starts[: count + 1] = starts
-            self._starts[count + 1 :] = BEYOND
+    def fill(self, step: Step) -> None:
+        """Take in a step. It may be padded to `places` where all are decodes."""
+        fill(step, self._target)
 
     def empty(self) -> None:
         """The step is over. A graph that vLLM runs without a step, for ranks that have none, then does nothing."""

@@ -17,6 +17,7 @@ from sparsekv.cache.ragged import RaggedCache
 from sparsekv.integrations.vllm.scheduler.accounts import Report
 from sparsekv.integrations.vllm.worker.buffers import StepBuffers
 from sparsekv.ops.layout import PoolExhausted
+from sparsekv.ops.tally import tally
 from sparsekv.ops.transfer import download, upload
 from sparsekv.policies import Policy
 
@@ -72,6 +73,8 @@ class Rows:
             device=self.device,
             kv=pages,
         )
+        self.release([-1])  # compiled now, not while the first request waits
+        self._tally()
 
     def attend(self, layer: int, parts: Sequence[Part], tokens: Sequence[Tensor], scale: float) -> Tensor:
         """parts: of the step, which follow each other; tokens: as in Executor.run, of all parts, then of padding.
@@ -109,12 +112,16 @@ class Rows:
     def snapshot(self, step: int) -> None:
         """`step` is over: start to copy what rows hold."""
         self.buffers.empty()
-        table = summary(self.cache)
+        table = self._tally()
         host, event = download(table), None
         if table.is_cuda:
             event = torch.cuda.Event()
             event.record()
         self._copies.append((step, host, event))
+
+    def _tally(self) -> Tensor:
+        pool = self.cache.pool
+        return tally(self.cache.lengths, self.cache.seen, pool.free_count, page_size=pool.page_size)
 
     def report(self) -> Report | None:
         """The newest copy that has arrived, if there is one since the last call.
@@ -129,15 +136,3 @@ class Rows:
             if free < 0:
                 raise RuntimeError(f"{-free} pages are missing after step {step}; {SHORTAGE}")
         return newest
-
-
-def summary(cache: RaggedCache) -> Tensor:
-    """int32 [rows + 1, 2 + C]: accounts.Report's table, and in the last row the free pages."""
-    size = cache.pool.page_size
-    lengths = cache.lengths.transpose(0, 1).flatten(1)
-    table = torch.zeros(cache.rows + 1, 2 + size, dtype=torch.int32, device=lengths.device)
-    table[:-1, 0] = cache.seen[0]
-    table[:-1, 1] = ((lengths + (size - 1)) // size).sum(1, dtype=torch.int32)
-    table[:-1, 2:].scatter_add_(1, (lengths % size).long(), torch.ones_like(lengths))
-    table[-1, 0] = cache.pool.free_count[0]
-    return table

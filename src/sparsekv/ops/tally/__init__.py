@@ -1,0 +1,3 @@
+from sparsekv.ops.tally.api import BACKENDS, tally
+
+__all__ = ["BACKENDS", "tally"]
