@@ -32,9 +32,9 @@ def command(
     loaded, folder = load_study(study), out or Path("scale-runs") / study.stem
     names = None if only is None else [name.strip() for name in only.split(",")]
     from sparsekv.cli.models import quiet
-    from sparsekv.studies.scale.report import check_page, report
+    from sparsekv.studies.scale.report.page import check_page, report
+    from sparsekv.studies.scale.report.scores import score
     from sparsekv.studies.scale.run import lacking, run
-    from sparsekv.studies.scale.scores import score
 
     quiet()
     if markdown is not None:

@@ -13,11 +13,11 @@ import pytest
 from scoring import Server, steps
 from sparsekv.markdown import markers
 from sparsekv.studies.scale.draws import Draws
-from sparsekv.studies.scale.report import BLOCK, report
+from sparsekv.studies.scale.report.page import BLOCK, report
+from sparsekv.studies.scale.report.scores import score
+from sparsekv.studies.scale.report.tables import tables
 from sparsekv.studies.scale.run import lacking, run
-from sparsekv.studies.scale.scores import score
 from sparsekv.studies.scale.study import Study, load_study
-from sparsekv.studies.scale.tables import tables
 
 Write = Callable[..., Path]
 

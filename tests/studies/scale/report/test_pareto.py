@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sparsekv.studies.scale.pareto import Axis, Front, front, margin
+from sparsekv.studies.scale.report.pareto import Axis, Front, front, margin
 
 shares = st.integers(0, 20).map(lambda n: n / 20)
 budgets = st.integers(1, 64).map(float)

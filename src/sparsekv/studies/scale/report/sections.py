@@ -9,10 +9,10 @@ import numpy as np
 from sparsekv.studies.pictures import Curve, Panel, draw
 from sparsekv.studies.scale.aims import Aim
 from sparsekv.studies.scale.cells import BUDGETS, DENSE
-from sparsekv.studies.scale.margins import ALL, VOTED, Compared
-from sparsekv.studies.scale.pareto import front
+from sparsekv.studies.scale.report.margins import ALL, VOTED, Compared
+from sparsekv.studies.scale.report.pareto import front
+from sparsekv.studies.scale.report.tables import Table
 from sparsekv.studies.scale.study import Study
-from sparsekv.studies.scale.tables import Table
 
 SHOWN = {"reads": (1e3, "KV reads a problem, thousands"), "peak_tokens": (1.0, "peak tokens a problem"),
          "peak_bytes": (2**20, "peak MiB a problem"), "seconds": (1.0, "seconds a problem")}  # fmt: skip

@@ -13,10 +13,10 @@ from typing import Any
 
 from sparsekv.markdown import replaced, table
 from sparsekv.studies.scale.cells import BUDGETS
-from sparsekv.studies.scale.margins import compare
-from sparsekv.studies.scale.sections import Section, front_of, sections
+from sparsekv.studies.scale.report.margins import compare
+from sparsekv.studies.scale.report.sections import Section, front_of, sections
+from sparsekv.studies.scale.report.tables import Table, result_lines, tables
 from sparsekv.studies.scale.study import Study
-from sparsekv.studies.scale.tables import Table, result_lines, tables
 
 BLOCK = "hyperscaling"
 PAGE, RESULTS, MARGINS, FRONTS, PICTURES = "report.html", "results.jsonl", "margins.jsonl", "fronts.json", "img"
@@ -81,7 +81,7 @@ def _origin(study: Study, made: Sequence[Table]) -> str:
 
 
 def _html(parts: Sequence[Section], *, title: str, origin: str) -> str:
-    template = Template(files("sparsekv.studies.scale").joinpath("page.html").read_text(encoding="utf-8"))
+    template = Template(files("sparsekv.studies.scale.report").joinpath("page.html").read_text(encoding="utf-8"))
     body = "\n".join(map(_html_section, parts))
     return template.substitute(title=html.escape(title), origin=html.escape(origin), body=body)
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekv.studies.scale.cells import BUDGETS
-from sparsekv.studies.scale.pareto import Axis, Front, Margin, front, margin, mean_gap, shared
-from sparsekv.studies.scale.tables import Table
+from sparsekv.studies.scale.report.pareto import Axis, Front, Margin, front, margin, mean_gap, shared
+from sparsekv.studies.scale.report.tables import Table
 
 RESAMPLES = 500
 AXES: tuple[Axis, ...] = get_args(Axis)

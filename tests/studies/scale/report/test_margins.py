@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sparsekv.studies.scale.cells import BUDGETS, Cell, Method
-from sparsekv.studies.scale.margins import ALL, VOTED, Compared, compare
-from sparsekv.studies.scale.tables import Chains, Table
+from sparsekv.studies.scale.report.margins import ALL, VOTED, Compared, compare
+from sparsekv.studies.scale.report.tables import Chains, Table
 
 CHAINS = Chains(tokens=1, ended=1, ratio=1, bounds=0)
 

@@ -17,7 +17,7 @@ from sparsekv.json_lines import Line
 from sparsekv.scaling import subsets
 from sparsekv.studies.scale.cells import Cell
 from sparsekv.studies.scale.draws import Draws
-from sparsekv.studies.scale.scores import scores_of
+from sparsekv.studies.scale.report.scores import scores_of
 from sparsekv.studies.scale.study import Study
 
 Floats = NDArray[np.float64]

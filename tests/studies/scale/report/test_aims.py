@@ -8,11 +8,11 @@ import pytest
 
 from sparsekv.json_lines import read_lines
 from sparsekv.markdown import table
-from sparsekv.studies.scale.margins import ALL, VOTED, Compared
-from sparsekv.studies.scale.sections import VERDICT, verdicts
+from sparsekv.studies.scale.report.margins import ALL, VOTED, Compared
+from sparsekv.studies.scale.report.sections import VERDICT, verdicts
 from sparsekv.studies.scale.study import Study, load_study
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 AIMS = load_study(ROOT / "studies/reasoning.yaml").aim_list
 ONE = Compared(
     method="dms", over="dense", task=ALL, budget="reads", axis="linear",
