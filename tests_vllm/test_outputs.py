@@ -4,6 +4,7 @@ The pool holds little more than one whole sequence, so that requests are preempt
 """
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import sparsekv
 from engines import arrivals_and_aborts, engine, greedy, manager, nothing_is_left, recorded, scheduler, texts
+from models import VOCABULARY
 from sparsekv.integrations.vllm.worker.rows import SHORTAGE
 
 BLOCKS = 10
@@ -60,6 +62,18 @@ def test_llama_in_a_pool_that_is_too_small(made):
         stop_strings(llm, llama)
         for seed in range(3):
             arrivals_and_aborts(llm, llama, want, seed=seed)
+
+
+def test_a_prompt_that_is_longer_than_the_cache_is_densely(made):
+    llama = made("Llama")
+    rng = random.Random(1)
+    prompts = [[rng.randrange(3, VOCABULARY) for _ in range(tokens)] for tokens in (700, 500)]
+    want = [list(a.outputs[0].token_ids) for a in llama.answers(prompts)]
+    method = {"adapter": llama.adapter, "trusted_ratio": 2.0}
+    with engine(llama, method=method, max_model_len=760, num_gpu_blocks_override=16, max_num_batched_tokens=48) as llm:
+        assert manager(llm).blocks * 32 < len(prompts[1])
+        assert [x for (x,) in texts(llm, prompts, greedy())] == want
+        assert nothing_is_left(llm)
 
 
 def test_a_wrong_account_stops_the_engine(made):
