@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from sparsekv.modeling.attach import detach as detach
     from sparsekv.modeling.attach import heads as heads
     from sparsekv.modeling.cache import SparseCache as SparseCache
-    from sparsekv.modeling.trace import Trace as Trace
-    from sparsekv.modeling.trace import inspect as inspect
+    from sparsekv.modeling.tracing.trace import Trace as Trace
+    from sparsekv.modeling.tracing.trace import inspect as inspect
 
 __version__ = "0.1.0"
 
@@ -30,8 +30,8 @@ _HOMES = {
     "detach": "sparsekv.modeling.attach",
     "heads": "sparsekv.modeling.attach",
     "Attachment": "sparsekv.modeling.attach",
-    "inspect": "sparsekv.modeling.trace",
-    "Trace": "sparsekv.modeling.trace",
+    "inspect": "sparsekv.modeling.tracing.trace",
+    "Trace": "sparsekv.modeling.tracing.trace",
     "fetch_model": "sparsekv.assets.embedded",
     "KVStats": "sparsekv.cache.stats",
 }

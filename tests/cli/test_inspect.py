@@ -16,7 +16,7 @@ from helpers import dms_model, tokens
 from sparsekv.cli.inspect.command import cut, inspect_text, to_record
 from sparsekv.cli.inspect.kinds import by_age, by_kind, kinds_of, sorted_heads
 from sparsekv.cli.inspect.page import Inspected, build_page
-from sparsekv.modeling.trace import inspect
+from sparsekv.modeling.tracing.trace import inspect
 
 WORDS = TEXT + "Naïve façade: 日本 🙂.\n\nLast."
 

@@ -62,7 +62,7 @@ def test_importing_changes_nothing_in_transformers():
     code = """
 from transformers import AttentionInterface, AttentionMaskInterface
 before = list(AttentionInterface._global_mapping), list(AttentionMaskInterface._global_mapping)
-import sparsekv.modeling.attach, sparsekv.modeling.cache, sparsekv.modeling.trace
+import sparsekv.modeling.attach, sparsekv.modeling.cache, sparsekv.modeling.tracing.trace
 assert before == (list(AttentionInterface._global_mapping), list(AttentionMaskInterface._global_mapping))
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -21,8 +21,8 @@ from sparsekv.modeling import contexts
 from sparsekv.modeling.adapter import AdapterConfig, base_shape, read_adapter, save_adapter
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.compiled import compiled_layers
-from sparsekv.modeling.dmc import clear_channel
-from sparsekv.modeling.trace import inspect
+from sparsekv.modeling.queries.dmc import clear_channel
+from sparsekv.modeling.tracing.trace import inspect
 from sparsekv.ops.layout import batch_of
 from written_out import rotate
 

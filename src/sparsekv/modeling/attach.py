@@ -14,11 +14,11 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from sparsekv.dms import EvictionHead, NeuronSource
 from sparsekv.modeling import adapter as adapters
-from sparsekv.modeling import dmc, neuron
 from sparsekv.modeling.attached import ATTACHED, ATTACHMENT, CALL, AttachedLayer, Attachment, PagedCache
 from sparsekv.modeling.attention import NAME, register
 from sparsekv.modeling.attention_layers import AttentionLayers, attention_layers
 from sparsekv.modeling.lora import MergedLora
+from sparsekv.modeling.queries import dmc, neuron
 from sparsekv.policies import Policy, make_policy
 from sparsekv.policies.dmc import DMCPolicy
 from sparsekv.policies.dms import DMSPolicy

@@ -31,7 +31,7 @@ from sparsekv.modeling import contexts
 from sparsekv.modeling.adapter import HEAD, AdapterConfig, base_shape
 from sparsekv.modeling.attach import attachment_of, heads
 from sparsekv.modeling.compiled import compiled_layers
-from sparsekv.modeling.dmc import clear_channel
+from sparsekv.modeling.queries.dmc import clear_channel
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.retrofit import checkpoint as checkpoints
 from sparsekv.retrofit.config import RetrofitConfig

@@ -104,7 +104,7 @@ def inspect_text(
     cr: float | None,
     prompt: int | None = None,
 ) -> "Inspected":
-    """Read `text` with an attached model. method: what it is called; prompt: as modeling.trace.inspect takes it.
+    """Read `text` with an attached model. method: what it is called; prompt: as sparsekv.inspect takes it.
 
     Raises ValueError for an empty text or one beyond the context.
     """
@@ -112,7 +112,7 @@ def inspect_text(
 
     from sparsekv.cli.inspect.page import Inspected
     from sparsekv.modeling.attach import attachment_of
-    from sparsekv.modeling.trace import inspect
+    from sparsekv.modeling.tracing.trace import inspect
 
     ids, pieces = cut(tokenizer, text)
     check_length(len(ids), attachment_of(model).max_tokens)

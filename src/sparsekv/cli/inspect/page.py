@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsekv.cache.pages import human_bytes
 from sparsekv.cli.inspect.kinds import Share, by_age, by_kind, sorted_heads
-from sparsekv.modeling.trace import Trace
+from sparsekv.modeling.tracing.trace import Trace
 
 HUES = ("#b85c12", "#1f5f8b", "#4c7a34", "#7b3f8c")
 """Of the methods' lines."""

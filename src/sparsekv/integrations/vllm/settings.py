@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsekv.modeling.adapter import AdapterConfig, LoadedAdapter, load_adapter
-from sparsekv.modeling.neuron import as_read
+from sparsekv.modeling.queries.neuron import as_read
 from sparsekv.policies import Policy, make_policy
 from sparsekv.policies.dms import DMSPolicy
 from sparsekv.policies.streaming import StreamingPolicy

@@ -2,8 +2,8 @@
 
 Each key that a policy stores for a watched request leaves a print, 64 bits of its own bits, beside its token's number.
 A look copies the request's pages as a swap would and finds the print of what each slot holds: a token is held by the
-heads in whose slots its key lies. A merged slot (DMC) is the newest token's that went into it. As in modeling.held, but
-for a cache under way, and without keeping keys.
+heads in whose slots its key lies. A merged slot (DMC) is the newest token's that went into it. As in
+modeling.tracing.held, but for a cache under way, and without keeping keys.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,7 @@
-"""The neuron source in vLLM: logits that the queries carry (modeling.neuron), read and zeroed around RoPE.
+"""The neuron source in vLLM: logits that the queries carry (modeling.queries.neuron), read and zeroed around RoPE.
 
 vLLM's attention modules call their `rotary_emb` with the queries, after the query norm where there is one; a module
-around it does what the hooks of modeling.neuron do in Transformers.
+around it does what the hooks of modeling.queries.neuron do in Transformers.
 """
 
 from typing import Any

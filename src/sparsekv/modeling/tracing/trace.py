@@ -11,7 +11,7 @@ from sparsekv.cache.stats import KVStats
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.attached import Attachment
 from sparsekv.modeling.cache import SparseCache
-from sparsekv.modeling.held import StoredKeys
+from sparsekv.modeling.tracing.held import StoredKeys
 from sparsekv.policies.dms import DMSPolicy
 
 POINTS = 12

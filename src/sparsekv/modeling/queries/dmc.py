@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from sparsekv import dmc
 from sparsekv.dms import NeuronSource
-from sparsekv.modeling import neuron
 from sparsekv.modeling.attached import ATTACHMENT, CALL, AttachedLayer, Attachment
 from sparsekv.modeling.attention_layers import AttentionLayers
-from sparsekv.modeling.neuron import Projected
+from sparsekv.modeling.queries import neuron
+from sparsekv.modeling.queries.neuron import Projected
 from sparsekv.policies import Policy, Step
 
 READER = "sparsekv_dmc"

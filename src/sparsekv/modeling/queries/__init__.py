@@ -1,0 +1,1 @@
+"""Logits that the queries carry: no eviction heads, a channel of the model itself."""
