@@ -26,7 +26,7 @@ from sparsekv.retrofit.config import load_config
 from sparsekv.retrofit.run import run
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["sparsekv.retrofit.run", "sparsekv.bench.together_process"])
+SERVER.set_forkserver_preload(["sparsekv.retrofit.run", "sparsekv.bench.training.together_process"])
 SECONDS = 120
 
 

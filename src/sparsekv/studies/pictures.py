@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 INK, SOFT, GRID = "#1c1b19", "#6b6862", "#e3e0da"
+SHADES = ("#1c1b19", "#7a3410", "#b85c12", "#d98a1c", "#e0b45c")
+"""Dense, then ratio by ratio."""
 COLOURS = ("#b85c12", "#1f5f8b", "#4c7a34", "#7b3f8c", "#a33b3b", "#2f8f83", "#8a6d1d", "#6b6862", "#1c1b19", "#c2478a")
 
 
@@ -52,6 +54,23 @@ def draw(panels: Sequence[Panel], file: Path) -> None:
     Image.open(whole).convert("RGB").quantize(64).save(file, optimize=True)
 
 
+def name_end(axes: Any, point: tuple[float, float], name: str, colour: str, *, bold: bool = True) -> None:
+    """A line's name beside its last point."""
+    axes.annotate(
+        name, point, xytext=(7, 0), textcoords="offset points", va="center", color=colour, fontsize=9,
+        fontweight="bold" if bold else "normal", annotation_clip=False,
+    )  # fmt: skip
+
+
+def plain(axes: Any) -> None:
+    """A faint grid, one spine, no ticks. Call it when the axes have their labels."""
+    axes.grid(axis="y", color=GRID)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(which="both", length=0, colors=SOFT)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(INK)
+
+
 def _panel(axes: Any, panel: Panel) -> None:
     from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
 
@@ -73,11 +92,8 @@ def _panel(axes: Any, panel: Panel) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _names(axes, ends)
     axes.set_title(panel.title, color=INK, fontsize=10, loc="left")
-    axes.set_xlabel(panel.xlabel, color=INK)
-    axes.set_ylabel(panel.ylabel, color=INK)
-    axes.grid(axis="y", color=GRID)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(length=0, colors=SOFT)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+    plain(axes)
 
 
 def _names(axes: Any, ends: list[tuple[float, float, str, str, bool]]) -> None:
@@ -90,10 +106,7 @@ def _names(axes: Any, ends: list[tuple[float, float, str, str, bool]]) -> None:
         while any(abs(at - other) < apart and _near(axes, x, beside) for other, beside in placed):
             at += apart if y < middle else -apart
         placed.append((at, x))
-        axes.annotate(
-            name, (x, at), xytext=(8, 0), textcoords="offset points", va="center", color=colour, fontsize=9,
-            fontweight="bold" if bold else "normal", annotation_clip=False,
-        )  # fmt: skip
+        name_end(axes, (x, at), name, colour, bold=bold)
 
 
 def _near(axes: Any, a: float, b: float) -> bool:

@@ -32,13 +32,13 @@ def train(
     import torch
 
     from sparsekv.bench.shapes import shape_of
-    from sparsekv.bench.train import bench_train
+    from sparsekv.bench.training.train import bench_train
 
     gpu = torch.cuda.is_available()
     if shape is None and not gpu:
         raise ValueError("the default shapes need a CUDA GPU and PyTorch sees none; use --shape tiny")
     if processes > 1:
-        from sparsekv.bench.together import bench_together
+        from sparsekv.bench.training.together import bench_together
 
         def keep(line: dict[str, Any]) -> None:
             typer.echo(json.dumps(line) if as_json else _together_text(line))

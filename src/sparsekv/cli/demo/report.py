@@ -9,14 +9,13 @@ from rich.text import Text
 
 from sparsekv.cache.pages import human_bytes
 from sparsekv.markdown import replaced
+from sparsekv.studies.pictures import GRID, SHADES, SOFT, name_end, plain
 
 BLOCK = "demo"
 _COLUMNS = ("method", "held", "KV held", "KV reads", "perplexity", "tokens/s", "answer", "")
 _LEFT = ("method", "answer", "")
 _NAMES = {"dms": "DMS", "streaming": "StreamingLLM"}
 """As papers write them."""
-_INK, _SOFT, _GRID = "#1c1b19", "#6b6862", "#e3e0da"
-_COLOURS = ("#1c1b19", "#7a3410", "#b85c12", "#d98a1c")
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
@@ -56,30 +55,18 @@ def draw(results: dict[str, Any], file: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 4.2), dpi=160)
     runs = [run for run in results["runs"] if run["policy"] in ("dense", "dms")]
-    for run, colour in zip(runs, _COLOURS, strict=False):
+    for run, colour in zip(runs, SHADES, strict=False):
         tokens, sizes = zip((0, 0), *run["growth"], strict=True)
         mebibytes = [size / 2**20 for size in sizes]
         axes.plot(tokens, mebibytes, color=colour, linewidth=2)
-        axes.annotate(
-            f"{_name(run)}, {mebibytes[-1]:.0f} MiB",
-            (tokens[-1], mebibytes[-1]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontweight="bold",
-        )
+        name_end(axes, (tokens[-1], mebibytes[-1]), f"{_name(run)}, {mebibytes[-1]:.0f} MiB", colour)
     last = results["runs"][0]["growth"][-1][0]
     decoded = last - results["task"]["generate"] + 1
-    axes.axvspan(decoded, last, color=_GRID, alpha=0.5, linewidth=0)
+    axes.axvspan(decoded, last, color=GRID, alpha=0.5, linewidth=0)
     axes.annotate("generated", (decoded, 1), xycoords=("data", "axes fraction"), xytext=(-4, -14),
-                  textcoords="offset points", ha="right", color=_SOFT, fontsize=9)  # fmt: skip
+                  textcoords="offset points", ha="right", color=SOFT, fontsize=9)  # fmt: skip
     axes.set(xlim=(0, last), ylim=(0, None), xlabel="tokens read and generated", ylabel="KV cache in memory, MiB")
-    axes.grid(axis="y", color=_GRID)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(length=0, colors=_SOFT)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_color(_INK)
+    plain(axes)
     figure.subplots_adjust(left=0.08, right=0.8, top=0.96, bottom=0.13)
     figure.savefig(file)
     plt.close(figure)

@@ -16,9 +16,8 @@ from sparsekv.cost import (
     largest_context,
     step_seconds,
 )
+from sparsekv.studies.pictures import SHADES, SOFT, name_end, plain
 
-_INK, _SOFT, _GRID = "#1c1b19", "#6b6862", "#e3e0da"
-_COLOURS = ("#1c1b19", "#7a3410", "#b85c12", "#d98a1c", "#e0b45c")
 _SHORTEST = 1024
 
 
@@ -96,7 +95,7 @@ def draw(
 
     figure, axes = plt.subplots(figsize=(8, 4.2), dpi=160)
     for i, ratio in enumerate(ratios):
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = SHADES[i % len(SHADES)]
         longest = largest_context(shape, hardware, batch=batch, ratio=ratio, limits=limits)
         marks = sorted({round(_SHORTEST * 2 ** (j / 4)) for j in range(41)} | {max(longest, _SHORTEST)})
         ms = [1e3 * max(step_seconds(shape, hardware, batch=batch, context=c, ratio=ratio)) for c in marks]
@@ -104,29 +103,17 @@ def draw(
         axes.plot(marks, ms, color=colour, linewidth=1.2, linestyle=":")
         if inside:
             axes.plot(*zip(*inside, strict=True), color=colour, linewidth=2)
-        axes.annotate(
-            f"{_name(ratio)}, {ms[-1]:,.0f} ms",
-            (marks[-1], ms[-1]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontweight="bold",
-        )
+        name_end(axes, (marks[-1], ms[-1]), f"{_name(ratio)}, {ms[-1]:,.0f} ms", colour)
     axes.set(xscale="log", yscale="log", xlim=(_SHORTEST, MAX_CONTEXT))
     axes.set(xlabel="tokens of context", ylabel="latency of a step, ms")
     axes.set_title(
-        f"{shape.name}, batch {batch:,}, {hardware.name}; dotted: beyond memory or latency", color=_SOFT, fontsize=9
+        f"{shape.name}, batch {batch:,}, {hardware.name}; dotted: beyond memory or latency", color=SOFT, fontsize=9
     )
     ticks = [_SHORTEST << j for j in range(0, 11, 2)]
     axes.set_xticks(ticks, [f"{tick >> 10}K" if tick < MAX_CONTEXT else "1M" for tick in ticks], minor=False)
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.grid(axis="y", color=_GRID)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(which="both", length=0, colors=_SOFT)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_color(_INK)
+    plain(axes)
     figure.subplots_adjust(left=0.1, right=0.8, top=0.92, bottom=0.13)
     figure.savefig(file)
     plt.close(figure)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import yaml
 
-from sparsekv.bench.launch import command_of, last_words, start
 from sparsekv.bench.timing import median
+from sparsekv.bench.training.launch import command_of, last_words, start
 from sparsekv.json_lines import append, parsed, read_lines, whole
 from sparsekv.modeling.adapter import read_adapter
 from sparsekv.retrofit.checkpoint import newest

@@ -31,7 +31,7 @@ class Run:
     """One retrofit."""
 
     way: str
-    """Of bench.launch.WAYS."""
+    """Of bench.training.launch.WAYS."""
     like: str | None = None
     """The run whose losses it must have; None for those that others are compared with."""
     trainable: str = "heads"

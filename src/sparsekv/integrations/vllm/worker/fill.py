@@ -34,12 +34,12 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is filled, for `requests` at once."""
+    """What is filled, for `requests` at once, or more where a graph of decodes is padded."""
 
     rows: Tensor
     """int64 [places]: of each request."""
     seen: Tensor
-    """int32 [places]: tokens before the step."""
+    """int32 [places + 1]: tokens before the step."""
     split: Tensor
     """int64 [2, requests + 1]: rows of decodes, rows of chunks, each at its request's place; else -1. Left alone where
     a graph of decodes is padded to more than `requests`."""

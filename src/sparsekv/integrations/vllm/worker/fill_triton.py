@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from sparsekv.integrations.vllm.worker.fill import BEYOND
+
 if TYPE_CHECKING:
     from sparsekv.integrations.vllm.worker.fill import Step, Target
 
 LANES = 128
-BEYOND = tl.constexpr(2**31 - 1)
+BEHIND = tl.constexpr(BEYOND)
 
 
 def fill(step: Step, target: Target) -> None:
@@ -34,7 +36,7 @@ def _fill(
 ):  # fmt: skip
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     real = lane < count
-    start = tl.load(starts + lane, mask=lane <= count, other=BEYOND)
+    start = tl.load(starts + lane, mask=lane <= count, other=BEHIND)
     end = tl.load(starts + lane + 1, mask=real, other=0)
     slot = tl.load(slots + tl.minimum(start, last), mask=real, other=-1)
     block = tl.load(blocks + lane * width, mask=real, other=0)

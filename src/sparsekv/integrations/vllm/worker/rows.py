@@ -73,7 +73,7 @@ class Rows:
             device=self.device,
             kv=pages,
         )
-        self.release([-1])  # compiled now, not while the first request waits
+        self.release([0])  # empty: the kernels are compiled now, not while the first request waits
         self._tally()
 
     def attend(self, layer: int, parts: Sequence[Part], tokens: Sequence[Tensor], scale: float) -> Tensor:

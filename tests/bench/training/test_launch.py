@@ -8,9 +8,9 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from sparsekv.bench.launch import SHARDS, command_of, last_words, start
+from sparsekv.bench.training.launch import SHARDS, command_of, last_words, start
 
-FSDP2 = Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp2.yaml"
+FSDP2 = Path(__file__).parents[3] / "configs" / "accelerate" / "fsdp2.yaml"
 WORKER = """
 import subprocess, sys, time, pathlib
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)

@@ -8,9 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 from distributing import fork
-from sparsekv.bench import together, together_process
 from sparsekv.bench.shapes import shape_of
-from sparsekv.bench.train import step_flops
+from sparsekv.bench.training import together, together_process
+from sparsekv.bench.training.train import step_flops
 from sparsekv.cli.bench.command import app
 
 SPEC = {"shape": "tiny", "way": "alone", "trainable": "all", "processes": 1, "tokens": 160, "seed": 0}

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsekv.bench import train
 from sparsekv.bench.shapes import shape_of
+from sparsekv.bench.training import train
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 

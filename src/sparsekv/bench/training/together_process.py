@@ -1,4 +1,4 @@
-"""One process of bench.together: python -m sparsekv.bench.together_process SPEC, a JSON object; the first of them
+"""One process of together: python -m sparsekv.bench.training.together_process SPEC, a JSON object; the first of them
 appends its results to folder/lines.jsonl.
 
 The step is the retrofit's own loss (retrofit.distill) with its backward, clipping and optimiser. Heads alone: weights
@@ -25,7 +25,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from sparsekv.bench.shapes import Shape, shape_of
 from sparsekv.bench.step import random_model
 from sparsekv.bench.timing import median_ms
-from sparsekv.bench.train import CPU_NOTE, TIMED_LAYERS, WINDOW, matmul_flops, step_flops
+from sparsekv.bench.training.train import CPU_NOTE, TIMED_LAYERS, WINDOW, matmul_flops, step_flops
 from sparsekv.modeling import contexts
 from sparsekv.modeling.attach import attach
 from sparsekv.modeling.compiled import compiled_layers

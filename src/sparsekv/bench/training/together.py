@@ -1,7 +1,7 @@
 """A training step by several processes beside one: `sparsekv bench train --processes 2`.
 
-Each measurement is processes of its own (bench.together_process), started as a user starts a retrofit. One that fails,
-or takes too long, is a line that says so, and the next one goes on.
+Each measurement is processes of its own (together_process), started as a user starts a retrofit. One that fails, or
+takes too long, is a line that says so, and the next one goes on.
 """
 
 import json
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from sparsekv.bench.launch import command_of, last_words, start
 from sparsekv.bench.shapes import Shape
+from sparsekv.bench.training.launch import command_of, last_words, start
 
-MODULE = "sparsekv.bench.together_process"
+MODULE = "sparsekv.bench.training.together_process"
 FIRST = [("alone", "heads"), ("alone", "all")]
 """Side by side, each on a GPU of its own."""
 SECOND = [("shards", "all"), ("shards", "heads"), ("halves", "heads")]

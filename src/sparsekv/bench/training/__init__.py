@@ -1,0 +1,1 @@
+"""Training, by one process and by several."""
