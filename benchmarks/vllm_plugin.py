@@ -125,6 +125,7 @@ def start(options: argparse.Namespace, longest: int) -> Any:
         arguments["max_num_batched_tokens"] = options.tokens
     if on_gpu:
         arguments["kv_cache_memory_bytes"] = int(options.kv * 2**30)
+        arguments["gpu_memory_utilization"] = 0.5  # must be free at the start; decides nothing else beside the bytes
     return LLM(
         **arguments,
         skip_tokenizer_init=True,

@@ -22,6 +22,8 @@ def engine(made: Any, *, method: dict[str, Any] | None = None, **options: Any) -
 
     arguments = engine_args(made.model, **({"adapter": made.adapter} if method is None else method))
     defaults = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 6, "enforce_eager": True, "seed": 0}
+    if torch.cuda.is_available():
+        defaults["gpu_memory_utilization"] = 0.3  # tiny models need little; others may use the GPU too
     llm = LLM(**(arguments | defaults | options))
     try:
         yield llm
