@@ -31,6 +31,14 @@ def test_heads_that_mark_alike_everywhere_get_the_ratio_at_any_length(further: t
         assert table(*further).offset_for(ratio(share, tokens), tokens=tokens) == pytest.approx(offset)
 
 
+def test_what_calibration_calls_16_serves_16() -> None:
+    """It stops within 1 % of what it aims at."""
+    dial = OffsetTable(window=10, offsets=[(0.0, 8.0), (1.0, 15.85)], length=2048)
+    assert dial.offset_for(16) == pytest.approx(1 + 0.15 / 7.85)
+    with pytest.raises(ValueError, match=r"the compression ratio is 16\.2; this adapter holds up to 15\.85"):
+        dial.offset_for(16.2)
+
+
 def test_measured_lengths_are_met_and_between_them_what_is_held_is_a_line() -> None:
     uneven = OffsetTable(window=10, offsets=[(0.0, 2.0), (1.0, 4.0)], length=100, ratios={400: [2.5, 8.0]})
     assert uneven.at(400) == [(0.0, 2.5), (1.0, 8.0)]

@@ -13,8 +13,8 @@ from functools import lru_cache
 
 log = logging.getLogger(__name__)
 
-SLACK = 0.05
-"""A ratio may exceed the table's last by so much."""
+SLACK = 0.0125
+"""A ratio may exceed the table's last by this share of it: calibration stops within 1 % of what it aims at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,9 @@ class OffsetTable:
         if tokens is not None and tokens < 1:
             raise ValueError(f"tokens is {tokens}; it is the length that cr is meant for, so use 1 or more")
         rows = self.offsets if tokens is None else self.at(tokens)
-        if ratio <= rows[-1][1] + SLACK:
+        if ratio <= rows[-1][1] * (1 + SLACK):
             return _interpolate(rows, ratio)
-        if tokens is None or ratio > self.offsets[-1][1] + SLACK:
+        if tokens is None or ratio > self.offsets[-1][1] * (1 + SLACK):
             where = "" if tokens is None else f" at {tokens} tokens"
             raise ValueError(f"the compression ratio is {ratio}; this adapter holds up to {rows[-1][1]:.4g}{where}")
         _warn(self._short(ratio, tokens, most=rows[-1][1]))
@@ -90,7 +90,7 @@ def _interpolate(rows: list[tuple[float, float]], ratio: float) -> float:
     """The offset at a ratio, linear between rows and beyond the ends."""
     offsets, ratios = zip(*rows, strict=True)
     if len(rows) == 1:
-        if abs(ratio - ratios[0]) > SLACK:
+        if abs(ratio / ratios[0] - 1) > SLACK:
             raise ValueError(f"the compression ratio is {ratio}; this adapter's table knows only {ratios[0]:.4g}")
         return offsets[0]
     right = min(max(bisect.bisect_left(ratios, ratio), 1), len(rows) - 1)
