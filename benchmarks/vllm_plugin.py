@@ -52,6 +52,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 WINDOW = 64
+LONG_PROBE = 24_576
+"""Tokens of the probe for the longest sequence: heads without training keep more of what comes late."""
 WARM = 16
 """Decode steps of all requests before a step is timed."""
 
@@ -182,11 +184,11 @@ class Bench:
     def say(self, **found: Any) -> None:
         print(json.dumps(self.base | found), flush=True)
 
-    def dial(self, tokens: int) -> float | None:
-        """Set the heads so that a sequence of `tokens` tokens is held at the ratio; returns what one of 4,096 is."""
+    def dial(self, tokens: int, *, probe: int = 4096) -> float | None:
+        """Set the heads so that a sequence of `tokens` tokens is held at the ratio; returns what one of `probe` is."""
         if self.options.mode != "plugin":
             return None
-        probe = min(4096, tokens - 1)
+        probe = min(probe, tokens - 1)
         share = (tokens / self.options.ratio - WINDOW) / (tokens - WINDOW)
         want = WINDOW + share * (probe - WINDOW)
         low, high, held = -8.0, 8.0, 0.0
@@ -241,7 +243,7 @@ class Bench:
         self.say(what="churn", requests=count, ratio_of_probe=ratio, seconds=round(seconds, 2))
 
     def longest(self, tokens: int) -> None:
-        ratio = self.dial(tokens)
+        ratio = self.dial(tokens, probe=LONG_PROBE)
         seconds = self.run(self.prompts(1, tokens - 32), [16])
         dense = (self.base["blocks"] - 1) * self.llm.llm_engine.vllm_config.cache_config.block_size
         self.say(what="longest", tokens=tokens, dense_tokens=dense, ratio_of_probe=ratio, seconds=round(seconds, 2))
