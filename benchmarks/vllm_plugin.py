@@ -52,8 +52,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 WINDOW = 64
-LONG_PROBE = 24_576
-"""Tokens of the probe for the longest sequence: heads without training keep more of what comes late."""
+AT_ONCE = 64
+"""Requests in flight where they come and go."""
 WARM = 16
 """Decode steps of all requests before a step is timed."""
 
@@ -71,7 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--steps", type=int, default=256, help="decode steps of a point")
-    parser.add_argument("--tokens", type=int, default=0, help="max_num_batched_tokens; default 8192, plugin 2048")
+    parser.add_argument("--tokens", type=int, default=0, help="max_num_batched_tokens; 8192, plugin 2048, longest 1024")
     parser.add_argument("--sequences", type=int, default=256, help="at once, at most")
     parser.add_argument("--commit", help="this repository's, where there is no git to ask")
     parser.add_argument("--eager", action="store_true")
@@ -123,8 +123,8 @@ def start(options: argparse.Namespace, longest: int) -> Any:
         arguments["model_loader_extra_config"] = {"load_format": "dummy"}
     elif options.mode == "fp8":
         arguments["kv_cache_dtype"] = "fp8"
-    if options.tokens:
-        arguments["max_num_batched_tokens"] = options.tokens
+    if options.tokens or options.longest:  # steps in flight need room that the one sequence should have
+        arguments["max_num_batched_tokens"] = options.tokens or 1024
     if on_gpu:
         arguments["kv_cache_memory_bytes"] = int(options.kv * 2**30)
         arguments["gpu_memory_utilization"] = 0.5  # must be free at the start; decides nothing else beside the bytes
@@ -184,11 +184,11 @@ class Bench:
     def say(self, **found: Any) -> None:
         print(json.dumps(self.base | found), flush=True)
 
-    def dial(self, tokens: int, *, probe: int = 4096) -> float | None:
-        """Set the heads so that a sequence of `tokens` tokens is held at the ratio; returns what one of `probe` is."""
+    def dial(self, tokens: int) -> float | None:
+        """Set the heads so that a sequence of `tokens` tokens is held at the ratio; returns what one of 4,096 is."""
         if self.options.mode != "plugin":
             return None
-        probe = min(probe, tokens - 1)
+        probe = min(4096, tokens - 1)
         share = (tokens / self.options.ratio - WINDOW) / (tokens - WINDOW)
         want = WINDOW + share * (probe - WINDOW)
         low, high, held = -8.0, 8.0, 0.0
@@ -238,12 +238,19 @@ class Bench:
 
     def churn(self, count: int) -> None:
         ratio = self.dial(512)
-        outputs = [self.rng.randrange(64, 448) for _ in range(count)]
-        seconds = self.run(self.prompts(count, 256), outputs)
-        self.say(what="churn", requests=count, ratio_of_probe=ratio, seconds=round(seconds, 2))
+        waiting = [(prompt, self.rng.randrange(64, 448)) for prompt in self.prompts(count, 256)]
+        engine, running, begin = self.llm.llm_engine, 0, time.perf_counter()
+        while waiting or running:
+            while waiting and running < AT_ONCE:
+                prompt, tokens = waiting.pop()
+                engine.add_request(f"churn {len(waiting)}", prompt, sampling(tokens))
+                running += 1
+            running -= sum(output.finished for output in engine.step())
+        seconds = time.perf_counter() - begin
+        self.say(what="churn", requests=count, at_once=AT_ONCE, ratio_of_probe=ratio, seconds=round(seconds, 2))
 
     def longest(self, tokens: int) -> None:
-        ratio = self.dial(tokens, probe=LONG_PROBE)
+        ratio = self.dial(tokens)
         seconds = self.run(self.prompts(1, tokens - 32), [16])
         dense = (self.base["blocks"] - 1) * self.llm.llm_engine.vllm_config.cache_config.block_size
         self.say(what="longest", tokens=tokens, dense_tokens=dense, ratio_of_probe=ratio, seconds=round(seconds, 2))

@@ -1,5 +1,6 @@
 """vLLM's scheduler and its block pool over our accounts: credits are real blocks, the block that is shown is none."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,20 +19,22 @@ HEADS, ROWS, BLOCKS = 6, 2, 9
 
 @pytest.fixture
 def manager() -> CreditManager:
-    spec = CreditSpec(
+    return manager_for(blocks=BLOCKS)
+
+
+def spec_for(**options: Any) -> CreditSpec:
+    return CreditSpec(
         block_size=32,
         num_kv_heads=HEADS,
         head_size=32,
         dtype=torch.float32,
-        rows=ROWS,
-        workers=1,
-        ratio=4.0,
-        window=16,
-        most=None,
-        trusted_ratio=4.0,
+        **({"rows": ROWS, "workers": 1, "ratio": 4.0, "window": 16, "most": None, "trusted_ratio": 4.0} | options),
     )
-    pool = BlockPool(num_gpu_blocks=BLOCKS, enable_caching=False, hash_block_size=32)
-    return CreditManager(spec, pool, enable_caching=False, kv_cache_group_id=0, scheduler_block_size=32)
+
+
+def manager_for(*, blocks: int) -> CreditManager:
+    pool = BlockPool(num_gpu_blocks=blocks, enable_caching=False, hash_block_size=32)
+    return CreditManager(spec_for(), pool, enable_caching=False, kv_cache_group_id=0, scheduler_block_size=32)
 
 
 def ask(manager: CreditManager, name: str, tokens: int, *, admission: bool = False) -> int:
@@ -106,6 +109,23 @@ def test_a_lone_request_that_betrays_its_ratio_stops_the_engine(manager):
     give(manager, "b", 32)
     assert ask(manager, "a", 257) > manager.block_pool.get_num_free_blocks() == 0  # vLLM preempts b
     assert manager.waits == 1
+
+
+@pytest.mark.parametrize("running", [1, 2, 3])
+def test_a_lone_request_that_keeps_its_ratio_ends_however_late_reports_are(running):
+    """It has as much room as vLLM is asked for, and reports come twice as many steps late as run at once."""
+    chunk, tokens = 64, 4096
+    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=tokens), max_in_flight_tokens=running * chunk)
+    room = spec_for().max_memory_usage_bytes(config) // spec_for().page_size_bytes
+    manager, late = manager_for(blocks=room), 2 * running - 1
+    for seen in range(chunk, tokens + 1, chunk):
+        assert ask(manager, "a", seen) <= manager.block_pool.get_num_free_blocks()
+        give(manager, "a", seen)
+        manager.accounts.next_step()
+        reported = seen - late * chunk
+        if reported > 0:
+            report(manager, 0, seen=reported, length=min(reported, 16 + reported // 4))
+    assert manager.waits == 0
 
 
 def test_the_connector_finds_its_manager(manager):

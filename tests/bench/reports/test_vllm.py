@@ -35,6 +35,20 @@ def test_many_requests_are_compared_with_what_fills_the_memory_densely() -> None
     assert found[-3:] == ["3.00 x", "3.50 x", "missed"]
 
 
+def test_what_was_not_aimed_at_has_no_aim() -> None:
+    """57 requests side by side; short ones that all run at once, not 64 at a time."""
+    fewer = SERVE | {"mode": "plugin", "requests": 57, "out_tokens_per_second": 4000.0, "ratio_of_probe": 8.0}
+    found = {line[1]: line[-3:] for line in lines([*ROWS, fewer, *_churn(10.4, 12.5), *_churn(14.0, 14.5, at_once=64)])}
+    assert found["57 x (1,024 in, 4,096 out), tokens/s"] == ["1.33 x", "-", ""]
+    assert found["512 x (256 in, 64 to 448 out), all at once, s"] == ["0.83 x", "-", ""]
+    assert found["512 x (256 in, 64 to 448 out), 64 at once, s"] == ["0.97 x", "0.95 x", "met"]
+
+
+def _churn(dense: float, plugin: float, **options: int) -> list[dict]:
+    shared = SHARED | {"what": "churn", "requests": 512, "ratio_of_probe": 8.0} | options
+    return [shared | {"mode": "dense", "seconds": dense}, shared | {"mode": "plugin", "seconds": plugin}]
+
+
 def test_no_lines_are_one_sentence(tmp_path: Path) -> None:
     results, page = tmp_path / "found.jsonl", tmp_path / "page.md"
     results.write_text("")

@@ -13,7 +13,7 @@ BLOCK = "vllm"
 MODES = {"dense": "dense", "fp8": "dense, FP8 KV", "plugin": "plugin"}
 HEAD = ("GPUs", "work", *MODES.values(), "ratio of a probe", "plugin beside dense", "aimed at", "")
 GAINS = {
-    "8 x 32,768": 2.0, "32 x 8,192": 2.0, "1 x 8,192": 1.0, "serve": 3.5, "churn": 1 / 1.05, "longest": 6.0,
+    "8 x 32,768": 2.0, "32 x 8,192": 2.0, "1 x 8,192": 1.0, "serve": 3.5, "churn 64": 1 / 1.05, "longest": 6.0,
 }  # fmt: skip
 """How many times as fast, or as long, as dense vLLM the plugin was to be at ratio 8 on one GPU."""
 
@@ -77,8 +77,8 @@ def _work(row: Line) -> Work | None:
         what = f"{row['requests']} x ({row['in']:,} in, {row['out']:,} out), tokens/s"
         return Work(parallel=parallel, what=what, key="serve", value="out_tokens_per_second", fewer=False)
     if row["what"] == "churn":
-        what = f"{row['requests']} x (256 in, 64 to 448 out), s"
-        return Work(parallel=parallel, what=what, key="churn", value="seconds", fewer=True)
+        what = f"{row['requests']} x (256 in, 64 to 448 out), {row.get('at_once', 'all')} at once, s"
+        return Work(parallel=parallel, what=what, key=f"churn {row.get('at_once')}", value="seconds", fewer=True)
     if row["what"] == "longest":
         what = f"longest sequence in {row['kv_gib']:g} GiB, tokens"
         return Work(parallel=parallel, what=what, key="longest", value="tokens", fewer=False)
@@ -90,7 +90,8 @@ def _line(work: Work, own: dict[str, Line], found: dict[Work, dict[str, Line]]) 
     cells = [f"{own[mode][work.value]:,g}" if mode in own else "-" for mode in MODES]
     ratio = own["plugin"].get("ratio_of_probe") if "plugin" in own else None
     gain = _gain(work, own, found)
-    aim = GAINS.get(work.key) if work.parallel == (1, 1) else None
+    aimed = work.parallel == (1, 1) and not (work.key == "serve" and "dense" in own)  # at as many as the plugin holds
+    aim = GAINS.get(work.key) if aimed else None
     return [
         "1" if tensor == pipeline == 1 else f"{tensor * pipeline}, {'tensor' if tensor > 1 else 'pipeline'} parallel",
         work.what,

@@ -31,12 +31,12 @@ class CreditSpec(FullAttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """For one sequence of max_model_len tokens, densely, so that a lone one always ends; less where a ratio is
-        trusted. One block is vLLM's own, as padding."""
+        trusted: then what it holds, and all tokens of the steps that no worker has reported yet, of which there are up
+        to twice as many as run at once, as a report comes with a later step's. One block is vLLM's own, as padding."""
         tokens = vllm_config.model_config.max_model_len
         if self.trusted_ratio > 1:
-            chunk = vllm_config.scheduler_config.max_num_batched_tokens
             held = int(tokens / self.trusted_ratio) + self.window + self.block_size // 2
-            tokens = min(tokens, held + chunk)
+            tokens = min(tokens, held + 2 * vllm_config.max_in_flight_tokens)
         return (-(-tokens // self.block_size) + 1) * self.page_size_bytes
 
     @classmethod
