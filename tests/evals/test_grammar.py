@@ -47,6 +47,14 @@ def test_the_answer_is_told_and_of_rivals_only_once(way: str, part: Part) -> Non
         puzzle(rng, "three hops", SENTENCE, part=part)
 
 
+@pytest.mark.parametrize("part", [TRAINING, NEW])
+def test_words_that_could_be_completed_without_the_text_are_not_begun(part: Part) -> None:
+    rng, listed = np.random.default_rng(1), {word for name in words._PARTS for word in words._PARTS[name].split()}
+    facts = [fact for _ in range(200) for way in WAYS for fact in puzzle(rng, way, SENTENCE, part=part)]
+    assert {fact.begun for fact in facts} == {True, False}
+    assert all(fact.begun == (fact.answer not in listed) for fact in facts)
+
+
 def test_two_hops_name_what_the_other_fact_names() -> None:
     asked, bridge = puzzle(np.random.default_rng(2), "two hops", SENTENCE, part=TRAINING)
     assert bridge.answer in asked.statement

@@ -1,5 +1,7 @@
 """Retrieval items: exact length, answers where they are said to be, deterministic, evaluation unseen in training."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -26,6 +28,22 @@ def test_item_has_its_length_and_its_answers(style: str) -> None:
     leads = [whole.rindex(facts[i].lead) for i in (3, 0)]
     assert leads == sorted(leads)
     assert max(whole.index(fact.statement) for fact in facts) < leads[0]
+
+
+@pytest.mark.parametrize("style", BUILDER.styles)
+def test_of_an_answer_that_is_begun_the_rest_is_asked_for(style: str) -> None:
+    (fact,) = templates.PASS_KEY.facts(np.random.default_rng(0), 1)
+
+    def asked(answer: str, *, begun: bool) -> list[int]:
+        item = BUILDER.build(
+            np.random.default_rng(0), [replace(fact, answer=answer, begun=begun)], asked=[0], length=400, style=style
+        )
+        ((first, last),) = item.answers
+        return item.ids[first:last].tolist()
+
+    number = asked("48213", begun=False)
+    assert len(number) > 1 and asked("48213", begun=True) == number[1:]
+    assert len(asked("the", begun=True)) == 1  # of an answer of one token all
 
 
 def test_depth_is_random() -> None:

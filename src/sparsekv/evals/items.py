@@ -31,6 +31,10 @@ class Fact:
     answer: str
     more: tuple[str, ...] = ()
     """Further answers to the question, in a list after it."""
+    begun: bool = False
+    """Whether the answer's first token is given, and only what follows it is asked for: a model that knows the answer
+    may begin with an article or a quotation mark. Not for answers of one token, nor for words that it could complete
+    without the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +108,8 @@ class ItemBuilder:
             for j, text in enumerate((fact.answer, *fact.more)):
                 tail += self._ids("," if j else "")
                 answer = self._ids(" " + text)
-                spans.append((len(tail), len(tail) + len(answer)))
+                given = int(fact.begun and len(answer) > 1)
+                spans.append((len(tail) + given, len(tail) + len(answer)))
                 tail += answer
         return self._ids(before), tail, spans
 

@@ -35,6 +35,11 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
     return "\n".join(parts)
 
 
+def untrained_texts(results: dict[str, Any]) -> list[str]:
+    """The other texts of an evaluation that its adapter's training has not seen. results: what eval.json holds."""
+    return [name for name in results["settings"]["other_texts"] if name not in results["trained_texts"]]
+
+
 def _offsets(adapter: AdapterConfig) -> str:
     """The dial, a column for each length."""
     about = adapter.calibration
@@ -100,7 +105,7 @@ def _evaluation(results: dict[str, Any]) -> str:
     scores = results["scores"]
     kinds = list(scores[0]["retrieval"])
     others = list(scores[0]["others"])
-    unseen = [name for name in results["settings"]["other_texts"] if name not in results["trained_texts"]]
+    unseen = untrained_texts(results)
     header = ["measured ratio", *(f"{name} (never trained on), over dense" for name in unseen)]
     header += [
         "facts in forms never trained on, kept",

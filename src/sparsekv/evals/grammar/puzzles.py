@@ -86,6 +86,7 @@ def _block(rng: np.random.Generator, relation: Relation, form: str, *, entities:
         question=fill(words_of.question, **filled),
         lead=fill(words_of.lead, **filled),
         answer=filled["v"],
+        begun=relation.value in words.MADE_UP,
     )
 
 
@@ -98,7 +99,7 @@ def _two_hops(rng: np.random.Generator, part: Part) -> list[Fact]:
     asked = wording(rng, unseen=part.wordings)
     filled = {"n": second.name, "e": f"the {first.name} of {thing}", "v": end.answer}
     question, lead = fill(asked.question, **filled), fill(asked.lead, **filled)
-    asking = Fact(statement=end.statement, question=question, lead=lead, answer=end.answer)
+    asking = Fact(statement=end.statement, question=question, lead=lead, answer=end.answer, begun=end.begun)
     return [asking, _fact(rng, first, thing, person, part)]
 
 
@@ -110,6 +111,7 @@ def _fact(rng: np.random.Generator, relation: Relation, name: str, value: str, p
         question=fill(chosen.question, **filled),
         lead=fill(chosen.lead, **filled),
         answer=value,
+        begun=relation.value in words.MADE_UP,
     )
 
 

@@ -28,6 +28,8 @@ _PARTS = {
     "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
     "month": "January February March April May June July August September October November December",
 }
+MADE_UP = ("person", "town", "phrase", "code", "date", "amount", "digits", "number", "year")
+"""Kinds of values whose end cannot be guessed from their beginning; the others are one word of a list."""
 _ALL_SEEN = ("day", "month", "middle")
 """Lists too short to be parted."""
 
