@@ -152,10 +152,8 @@ def test_one_whole_sequence_is_asked_for(config):
     assert page == 2 * 32 * SPEC.num_kv_heads * 32 * 4
     assert SPEC.max_memory_usage_bytes(config) == (256 // 32 + 1) * page
     trusting = CreditSpec(**{**SPEC.__dict__, "trusted_ratio": 4.0})
-    assert trusting.max_memory_usage_bytes(config) == (-(-(64 + 16 + 16 + 64) // 32) + 1) * page
-    long = SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=100), scheduler_config=SimpleNamespace(max_num_batched_tokens=2048)
-    )
+    assert trusting.max_memory_usage_bytes(config) == (-(-(64 + 16 + 16 + 2 * 64) // 32) + 1) * page
+    long = SimpleNamespace(model_config=SimpleNamespace(max_model_len=100), max_in_flight_tokens=2048)
     assert trusting.max_memory_usage_bytes(long) == (-(-100 // 32) + 1) * page
 
 
