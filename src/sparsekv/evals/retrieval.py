@@ -4,7 +4,8 @@ generated token by token through the real cache.
 pass key   the best known template, which training also uses (in text that it does not)
 unseen     templates and words that training never uses
 look-up    eight entries of one such template with a key, one of them asked for
-new relations, new forms, rivals, two hops    by the grammar (grammar/), in wordings and words that training never uses:
+new relations, new forms, rivals, two hops    by the grammar (grammar/), in wordings and words that training never uses,
+           the first token of made-up answers given:
            relations that it never uses; blocks in forms that it never uses; one of sixteen with the same such relation;
            a fact about what another fact names, such relations both
 multi-needle, variable tracking    RULER's, see ruler.py: several answers to one question

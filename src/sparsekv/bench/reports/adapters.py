@@ -80,11 +80,8 @@ def aims(lines: list[Line]) -> str:
     for which, (name, cells) in enumerate(_by_name(lines).items()):
         for ratio, (rise, facts, passkeys) in AIMS.items():
             cell = cells[ratio]
-            rows.append(
-                _aim(
-                    f"{name}, {ratio}: perplexity over dense, mean", cell.rise, rise[which], most=True, shown="{:+.1%}"
-                )
-            )
+            what = f"{name}, {ratio}: perplexity over dense, mean"
+            rows.append(_aim(what, cell.rise, rise[which], most=True, shown="{:+.1%}"))
             what = f"{name}, {ratio}: facts kept of the {cell.facts_found} that dense finds"
             rows.append(_aim(what, cell.facts, facts[which], most=False, shown="{:.0%}"))
             if cell.passkeys is not None:
@@ -98,12 +95,8 @@ def _aim(what: str, value: float, aim: float | None, *, most: bool, shown: str) 
     if aim is None:
         return [what, shown.format(value), _NOTHING, ""]
     met = value <= aim if most else value >= aim
-    return [
-        what,
-        shown.format(value),
-        f"{shown.format(aim)} or {'less' if most else 'more'}",
-        "met" if met else "missed",
-    ]
+    aimed = f"{shown.format(aim)} or {'less' if most else 'more'}"
+    return [what, shown.format(value), aimed, "met" if met else "missed"]
 
 
 def _by_name(lines: list[Line]) -> dict[str, dict[int, Cell]]:
