@@ -2,8 +2,9 @@
 likely token is the same, all at the ratio that was measured while it was taken."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,11 @@ class TextScore:
     """The share of positions whose most likely token is dense's."""
     rise: tuple[float, float] | None = None
     """The 95 % interval of perplexity / perplexity_dense - 1, bootstrapped over rows; None of a single row."""
+
+
+def rise_of(text: Mapping[str, Any]) -> float:
+    """Of perplexity over dense. text: a TextScore as it is written."""
+    return text["perplexity"] / text["perplexity_dense"] - 1
 
 
 class TextRows:

@@ -57,9 +57,9 @@ class OffsetTable:
         if tokens is not None and tokens < 1:
             raise ValueError(f"tokens is {tokens}; it is the length that cr is meant for, so use 1 or more")
         rows = self.offsets if tokens is None else self.at(tokens)
-        if ratio <= rows[-1][1] * (1 + SLACK):
+        if serves(ratio, most=rows[-1][1]):
             return _interpolate(rows, ratio)
-        if tokens is None or ratio > self.offsets[-1][1] * (1 + SLACK):
+        if tokens is None or not serves(ratio, most=self.offsets[-1][1]):
             where = "" if tokens is None else f" at {tokens} tokens"
             raise ValueError(f"the compression ratio is {ratio}; this adapter holds up to {rows[-1][1]:.4g}{where}")
         _warn(self._short(ratio, tokens, most=rows[-1][1]))
@@ -84,6 +84,11 @@ class OffsetTable:
             reason = f"the window of {self.window} is held whatever the heads decide"
             reason = f"below {least} tokens none has it, since {reason}"
         return f"a ratio of {ratio:g} is out of reach: {reason}; the dial stands where {self.length} tokens have it"
+
+
+def serves(ratio: float, *, most: float) -> bool:
+    """Whether a dial that was measured up to the ratio `most` serves a ratio."""
+    return ratio <= most * (1 + SLACK)
 
 
 def _interpolate(rows: list[tuple[float, float]], ratio: float) -> float:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from sparsekv.evals.methods.intervals import wilson
+from sparsekv.evals.perplexity import rise_of
 from sparsekv.evals.retrieval import GRAMMAR
 from sparsekv.markdown import table
 from sparsekv.modeling.adapter import AdapterConfig
@@ -38,6 +39,12 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
 def untrained_texts(results: dict[str, Any]) -> list[str]:
     """The other texts of an evaluation that its adapter's training has not seen. results: what eval.json holds."""
     return [name for name in results["settings"]["other_texts"] if name not in results["trained_texts"]]
+
+
+def untrained_facts(retrieval: dict[str, dict[str, Any]]) -> tuple[int, int]:
+    """(still found, found by dense) of all facts that training could not have shown. retrieval: of a score."""
+    cells = [cell for kind, cell in retrieval.items() if kind in NEVER_TRAINED and cell["dense_right"]]
+    return round(sum(cell["kept"] * cell["dense_right"] for cell in cells)), sum(cell["dense_right"] for cell in cells)
 
 
 def _offsets(adapter: AdapterConfig) -> str:
@@ -149,22 +156,21 @@ def _evaluation(results: dict[str, Any]) -> str:
 
 def _rise(text: dict[str, Any]) -> str:
     """The rise of perplexity and its interval."""
-    rise = f"{text['perplexity'] / text['perplexity_dense'] - 1:+.1%}"
+    rise = f"{rise_of(text):+.1%}"
     return rise if text["rise"] is None else f"{rise} ({text['rise'][0]:+.1%} to {text['rise'][1]:+.1%})"
 
 
 def _kept(retrieval: dict[str, dict[str, Any]]) -> str:
-    """Of all facts that dense finds and training could not have shown, the share that is still found."""
-    cells = [cell for kind, cell in retrieval.items() if kind in NEVER_TRAINED and cell["dense_right"]]
-    if not cells:
+    """Of untrained facts, the share that is still found."""
+    part, whole = untrained_facts(retrieval)
+    if not whole:
         return ""
-    whole = sum(cell["dense_right"] for cell in cells)
-    found = wilson(round(sum(cell["kept"] * cell["dense_right"] for cell in cells)), whole)
+    found = wilson(part, whole)
     return f"{found.value:.0%} of {whole} ({found.low:.0%} to {found.high:.0%})"
 
 
 def _over_dense(text: dict[str, Any], score: dict[str, Any]) -> str:
     """The rise of perplexity, with the ratio where it is another than the score's."""
-    rise = f"{text['perplexity'] / text['perplexity_dense'] - 1:+.2%}"
+    rise = f"{rise_of(text):+.2%}"
     same = abs(text["ratio"] / score["ratio"] - 1) < 0.02
     return rise if same else f"{rise} at {text['ratio']:.2f}"

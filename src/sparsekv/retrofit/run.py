@@ -27,7 +27,7 @@ from sparsekv.evals.evaluate import Point, Score, describe, evaluate
 from sparsekv.json_lines import read_lines
 from sparsekv.modeling.adapter import CONFIG_FILE, read_adapter
 from sparsekv.modeling.attach import attach
-from sparsekv.modeling.dial import SLACK
+from sparsekv.modeling.dial import serves
 from sparsekv.modeling.load import load_model, load_tokenizer
 from sparsekv.modeling.tensor_parallel import check_shared
 from sparsekv.provenance import environment
@@ -226,7 +226,7 @@ def _evaluate(
     settings = config.evaluation
     assert settings is not None
     adapter = read_adapter(config.output)[0]
-    reached = [ratio for ratio in settings.ratios if ratio == 1 or ratio <= adapter.max_cr * (1 + SLACK)]
+    reached = [ratio for ratio in settings.ratios if ratio == 1 or serves(ratio, most=adapter.max_cr)]
     points = [Point(asked=ratio, offset=adapter.offset_for(ratio)) for ratio in reached]
     scores: list[dict[str, Any]] = []
     about = {

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsekv.evals.perplexity import rise_of
 from sparsekv.json_lines import Line
 from sparsekv.markdown import rewrite, table
-from sparsekv.retrofit.card import NEVER_TRAINED, untrained_texts
+from sparsekv.retrofit.card import untrained_facts, untrained_texts
 
 AIMS = {  # measured ratio -> perplexity over dense, facts kept, pass-keys; of heads alone, of heads with LoRA
     2: ((0.002, 0.003), (1.00, 1.00), (0.98, 0.98)),
@@ -22,7 +23,6 @@ AIMS = {  # measured ratio -> perplexity over dense, facts kept, pass-keys; of h
     16: ((0.080, 0.060), (0.65, 0.75), (None, None)),
 }
 NAMES = ("heads alone", "heads and LoRA")
-_NOTHING = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def costs(lines: list[Line]) -> str:
             row += [
                 " / ".join(f"{rise:+.1%}" for rise in cell.rises.values()),
                 f"{cell.facts:.0%}",
-                _share(cell.passkeys),
+                "-" if cell.passkeys is None else f"{cell.passkeys:.0%}",
             ]
         rows.append(row)
     return table(head, rows)
@@ -80,23 +80,18 @@ def aims(lines: list[Line]) -> str:
     for which, (name, cells) in enumerate(_by_name(lines).items()):
         for ratio, (rise, facts, passkeys) in AIMS.items():
             cell = cells[ratio]
-            what = f"{name}, {ratio}: perplexity over dense, mean"
-            rows.append(_aim(what, cell.rise, rise[which], most=True, shown="{:+.1%}"))
-            what = f"{name}, {ratio}: facts kept of the {cell.facts_found} that dense finds"
-            rows.append(_aim(what, cell.facts, facts[which], most=False, shown="{:.0%}"))
-            if cell.passkeys is not None:
-                what = f"{name}, {ratio}: pass-keys at {_length(lines)} kept"
-                rows.append(_aim(what, cell.passkeys, passkeys[which], most=False, shown="{:.0%}"))
-    about = _about(lines)
-    return f"{about}\n\n{table(['', 'measured', 'aimed at', ''], rows)}"
-
-
-def _aim(what: str, value: float, aim: float | None, *, most: bool, shown: str) -> list[str]:
-    if aim is None:
-        return [what, shown.format(value), _NOTHING, ""]
-    met = value <= aim if most else value >= aim
-    aimed = f"{shown.format(aim)} or {'less' if most else 'more'}"
-    return [what, shown.format(value), aimed, "met" if met else "missed"]
+            at = f"{name}, {ratio}:"
+            aim = rise[which]
+            met = "met" if cell.rise <= aim else "missed"
+            rows.append([f"{at} perplexity over dense, mean", f"{cell.rise:+.1%}", f"{aim:+.1%} or less", met])
+            for what, value, least in (
+                (f"facts kept of the {cell.facts_found} that dense finds", cell.facts, facts[which]),
+                (f"pass-keys at {_length(lines)} kept", cell.passkeys, passkeys[which]),
+            ):
+                if value is not None and least is not None:
+                    met = "met" if value >= least else "missed"
+                    rows.append([f"{at} {what}", f"{value:.0%}", f"{least:.0%} or more", met])
+    return f"{_about(lines)}\n\n{table(['', 'measured', 'aimed at', ''], rows)}"
 
 
 def _by_name(lines: list[Line]) -> dict[str, dict[int, Cell]]:
@@ -115,16 +110,9 @@ def _cells(line: Line) -> dict[int, Cell]:
 
 
 def _cell(score: dict[str, Any], texts: list[str], passkeys: float | None) -> Cell:
-    facts = [cell for kind, cell in score["retrieval"].items() if kind in NEVER_TRAINED and cell["dense_right"]]
-    whole = sum(cell["dense_right"] for cell in facts)
-    return Cell(
-        rises={
-            name: score["others"][name]["perplexity"] / score["others"][name]["perplexity_dense"] - 1 for name in texts
-        },
-        facts=sum(cell["kept"] * cell["dense_right"] for cell in facts) / whole,
-        facts_found=whole,
-        passkeys=passkeys,
-    )
+    kept, found = untrained_facts(score["retrieval"])
+    rises = {name: rise_of(score["others"][name]) for name in texts}
+    return Cell(rises=rises, facts=kept / found, facts_found=found, passkeys=passkeys)
 
 
 def _evaluation(line: Line) -> dict[str, Any]:
@@ -148,10 +136,6 @@ def _about(lines: list[Line]) -> str:
 
 def _length(lines: list[Line]) -> str:
     return f"{lines[0]['rows'][0]['length']:,} tokens"
-
-
-def _share(value: float | None) -> str:
-    return _NOTHING if value is None else f"{value:.0%}"
 
 
 if __name__ == "__main__":

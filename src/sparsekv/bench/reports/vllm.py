@@ -77,8 +77,9 @@ def _work(row: Line) -> Work | None:
         what = f"{row['requests']} x ({row['in']:,} in, {row['out']:,} out), tokens/s"
         return Work(parallel=parallel, what=what, key="serve", value="out_tokens_per_second", fewer=False)
     if row["what"] == "churn":
-        what = f"{row['requests']} x (256 in, 64 to 448 out), {row.get('at_once', 'all')} at once, s"
-        return Work(parallel=parallel, what=what, key=f"churn {row.get('at_once')}", value="seconds", fewer=True)
+        at_once = row.get("at_once", "all")
+        what = f"{row['requests']} x (256 in, 64 to 448 out), {at_once} at once, s"
+        return Work(parallel=parallel, what=what, key=f"churn {at_once}", value="seconds", fewer=True)
     if row["what"] == "longest":
         what = f"longest sequence in {row['kv_gib']:g} GiB, tokens"
         return Work(parallel=parallel, what=what, key="longest", value="tokens", fewer=False)

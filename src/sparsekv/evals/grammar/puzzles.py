@@ -86,7 +86,7 @@ def _block(rng: np.random.Generator, relation: Relation, form: str, *, entities:
         question=fill(words_of.question, **filled),
         lead=fill(words_of.lead, **filled),
         answer=filled["v"],
-        begun=relation.value in words.MADE_UP,
+        begun=words.made_up(relation.value),
     )
 
 
@@ -111,7 +111,7 @@ def _fact(rng: np.random.Generator, relation: Relation, name: str, value: str, p
         question=fill(chosen.question, **filled),
         lead=fill(chosen.lead, **filled),
         answer=value,
-        begun=relation.value in words.MADE_UP,
+        begun=words.made_up(relation.value),
     )
 
 

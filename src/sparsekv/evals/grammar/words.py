@@ -28,8 +28,6 @@ _PARTS = {
     "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
     "month": "January February March April May June July August September October November December",
 }
-MADE_UP = ("person", "town", "phrase", "code", "date", "amount", "digits", "number", "year")
-"""Kinds of values whose end cannot be guessed from their beginning; the others are one word of a list."""
 _ALL_SEEN = ("day", "month", "middle")
 """Lists too short to be parted."""
 
@@ -62,6 +60,12 @@ def value(rng: np.random.Generator, kind: str, *, unseen: bool) -> str:
         return f"{rng.integers(2, 1000)} {rng.choice(['crowns', 'guilders', 'talers', 'marks'])}"
     low, high = {"digits": (10_000, 10_000_000), "number": (11, 10_000), "year": (1500, 2030)}[kind]
     return str(rng.integers(low, high))
+
+
+def made_up(kind: str) -> bool:
+    """Whether values of a kind are put together, so that their end cannot be guessed from their beginning, and are not
+    one word of a list."""
+    return kind not in _PARTS
 
 
 def words(name: str, *, unseen: bool) -> list[str]:

@@ -8,7 +8,7 @@ makes heads forget more of what comes.
 from dataclasses import dataclass
 
 from sparsekv.engine.llm import LLM
-from sparsekv.modeling.dial import SLACK
+from sparsekv.modeling.dial import serves
 
 SHORT, AMPLE = 0.15, 0.5
 """Parts of the pool's pages that are free."""
@@ -37,7 +37,7 @@ class Dial:
     def __post_init__(self) -> None:
         if not 1 <= self.low <= self.cr <= self.high:
             raise ValueError(f"the ratio {self.cr:g} is not between {self.low:g} and {self.high:g}; choose others")
-        if self.high > self.llm.max_cr * (1 + SLACK):
+        if not serves(self.high, most=self.llm.max_cr):
             raise ValueError(f"the adapter holds ratios up to {self.llm.max_cr:g}, not {self.high:g}; lower the bound")
 
     def turn(self, cr: float) -> None:

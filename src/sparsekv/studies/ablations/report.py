@@ -7,6 +7,7 @@ dense gets right that stays right; each at the ratio that was measured.
 import os
 from pathlib import Path
 
+from sparsekv.evals.perplexity import rise_of
 from sparsekv.json_lines import Line, read_lines
 from sparsekv.markdown import replaced, table
 from sparsekv.studies.ablations.study import Picture, Study
@@ -50,11 +51,11 @@ def draw(picture: Picture, lines: list[Line], target: Path) -> None:
         mine = [line for line in lines if line["run"] == name]
         dialled = sorted((line for line in mine if line["point"] == "dialled"), key=lambda line: line["ratio"])
         ratios, colour = [line["ratio"] for line in dialled], f"C{index}"
-        left.plot(ratios, [rise(line) for line in dialled], "o-", color=colour, label=name)
+        left.plot(ratios, [rise_of(line) for line in dialled], "o-", color=colour, label=name)
         left.plot(ratios, [other_rise(line) for line in dialled], "o:", color=colour, markersize=3)
         right.plot(ratios, [kept(line) for line in dialled], "o-", color=colour, label=name)
         for end in (line for line in mine if line["point"] == "end"):
-            left.plot(end["ratio"], rise(end), "x", color=colour)
+            left.plot(end["ratio"], rise_of(end), "x", color=colour)
             right.plot(end["ratio"], kept(end), "x", color=colour)
     left.set_ylabel("perplexity over dense (dotted: other domains)")
     right.set_ylabel("retrieval kept, of what dense gets right")
@@ -69,14 +70,9 @@ def draw(picture: Picture, lines: list[Line], target: Path) -> None:
     figure.savefig(target, dpi=110, metadata={"Software": None})
 
 
-def rise(text: Line) -> float:
-    """Of perplexity over dense."""
-    return text["perplexity"] / text["perplexity_dense"] - 1
-
-
 def other_rise(line: Line) -> float:
     """Mean over the other domains; NaN without any."""
-    found = [rise(text) for text in line["others"].values()]
+    found = [rise_of(text) for text in line["others"].values()]
     return sum(found) / len(found) if found else float("nan")
 
 
@@ -87,10 +83,10 @@ def kept(line: Line) -> float:
 
 
 def _row(line: Line) -> tuple[str, ...]:
-    others = ", ".join(f"{rise(text):+.2%}" for text in line["others"].values())
+    others = ", ".join(f"{rise_of(text):+.2%}" for text in line["others"].values())
     cells = [f"{kind} {cell['kept']:.0%}" for kind, cell in line["retrieval"].items() if cell["kept"] is not None]
     point = "end of training" if line["point"] == "end" else f"dialled to {line['asked']:g}"
-    figures = (f"{line['ratio']:.2f}", f"{rise(line):+.2%}", others, f"{line['divergence']:.4f}", ", ".join(cells))
+    figures = (f"{line['ratio']:.2f}", f"{rise_of(line):+.2%}", others, f"{line['divergence']:.4f}", ", ".join(cells))
     return (line["run"], point, *figures)
 
 
