@@ -109,9 +109,12 @@ def test_check_and_own(study: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["sft", str(study), str(study.parent / "data"), model, "--set", "steps=1"]) == 0
     drawn = ["--samples", "2", "--tokens", "24", "--rows", "8", "--kv-memory", "16MiB"]
     out = tmp_path / "check.jsonl"
-    assert main(["check", model, str(out), "--tasks", "times-2", "program-8", "--count", "2", *drawn]) == 0
+    tried = ["--tasks", "times-2", "program-8", "--temperatures", "1", "1.5", "--count", "2"]
+    assert main(["check", model, str(out), *tried, *drawn]) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["task"] for line in lines] == ["times-2", "program-8"]
+    assert [(line["temperature"], line["task"]) for line in lines] == list(
+        itertools.product([1, 1.5], ["times-2", "program-8"])
+    )
     assert all(0 <= line[key] <= 1 for line in lines for key in ("right", "together", "ended"))
     assert all(line["problems"] == 2 and line["samples"] == 2 for line in lines)
     chats = tmp_path / "own.jsonl"

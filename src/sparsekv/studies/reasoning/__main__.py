@@ -6,6 +6,7 @@ python -m sparsekv.studies.reasoning own STUDY.yaml MODEL OUT.jsonl     the mode
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
@@ -27,13 +28,22 @@ def main(arguments: list[str]) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     if options.command == "check":
-        draws.check(options.model, options.tasks, options.out, _settings(options), count=options.count, say=to_stderr)
+        draws.check(
+            options.model,
+            options.tasks,
+            options.out,
+            _settings(options),
+            temperatures=options.temperatures,
+            count=options.count,
+            say=to_stderr,
+        )
         return 0
     study = config.load(options.study, overrides=options.set)
     if options.command == "data":
         data.make(study, options.out, processes=options.processes, say=to_stderr)
     elif options.command == "own":
-        draws.own(study, options.model, options.out, _settings(options), count=options.count, say=to_stderr)
+        settings = replace(_settings(options), temperature=options.temperature)
+        draws.own(study, options.model, options.out, settings, count=options.count, say=to_stderr)
     elif not sft.train(study, options.data, options.out, seconds=options.seconds, say=to_stderr):
         return 3
     return 0
@@ -43,7 +53,6 @@ def _settings(options: argparse.Namespace) -> draws.DrawSettings:
     return draws.DrawSettings(
         samples=options.samples,
         tokens=options.tokens,
-        temperature=options.temperature,
         rows=options.rows,
         kv_memory=options.kv_memory,
     )
@@ -59,7 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--count", type=int, default=16, help="problems (check: of each task)")
     drawing.add_argument("--samples", type=int, default=4, help="chains a problem")
     drawing.add_argument("--tokens", type=int, default=3072, help="of a chain at most")
-    drawing.add_argument("--temperature", type=float, default=1.0)
     drawing.add_argument("--rows", type=int, default=512, help="chains at once")
     drawing.add_argument("--kv-memory", help="the engine's pool, such as 40GiB")
 
@@ -74,9 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     looked.add_argument("model", metavar="MODEL")
     looked.add_argument("out", type=Path, metavar="OUT.jsonl")
     looked.add_argument("--tasks", nargs="+", required=True, metavar="TASK")
+    looked.add_argument("--temperatures", nargs="+", type=float, default=[1.0], metavar="T", help="each in turn")
     own = commands.add_parser("own", parents=[study, drawing], help="draw the model's own chains")
     own.add_argument("model", metavar="MODEL")
     own.add_argument("out", type=Path, metavar="OUT.jsonl")
+    own.add_argument("--temperature", type=float, default=1.0)
     return parser
 
 

@@ -4,7 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from sparsekv.engine import LLM, SamplingParams
 from sparsekv.evals.problems.base import Problem, Task
 from sparsekv.evals.problems.tasks import get, procedural
 from sparsekv.json_lines import append
+from sparsekv.provenance import environment
 from sparsekv.studies.reasoning.chats import chat
 from sparsekv.studies.reasoning.config import ReasoningConfig
 from sparsekv.studies.runner import Say
@@ -34,22 +35,33 @@ class DrawSettings:
     seed: int = 0
 
 
-def check(model: str, names: Sequence[str], out: Path, settings: DrawSettings, *, count: int, say: Say) -> None:
-    """Append to OUT, for each task, what one chain and a vote or any of `samples` solve of `count` validation
-    problems. Raises ValueError for an unknown task or model."""
+def check(
+    model: str,
+    names: Sequence[str],
+    out: Path,
+    settings: DrawSettings,
+    *,
+    temperatures: Sequence[float],
+    count: int,
+    say: Say,
+) -> None:
+    """Append to OUT, for each temperature and task, what one chain and a vote or any of `samples` solve of `count`
+    validation problems. Raises ValueError for an unknown task or model."""
     tasks = [get(name) for name in names]
     problems = [task.problems("validation", count) for task in tasks]
     llm = engine(model, settings)
-    started = time.monotonic()
-    outputs = _draw(llm, [p for own in problems for p in own], settings)
-    seconds = time.monotonic() - started
-    made = sum(len(o.token_ids) for output in outputs for o in output.outputs)
-    say(f"{made} tokens in {seconds:.1f} s, {made / seconds:.0f} a second")
-    for number, (task, own) in enumerate(zip(tasks, problems, strict=True)):
-        found = outputs[number * count : (number + 1) * count]
-        line = {"model": model, "task": task.name, "temperature": settings.temperature, **_solved(task, own, found)}
-        append(out, [line])
-        say(json.dumps(line))
+    about = {"model": model, **environment(llm.model.device), "seed": settings.seed}
+    for temperature in temperatures:
+        started = time.monotonic()
+        drawn = _draw(llm, [p for own in problems for p in own], replace(settings, temperature=temperature))
+        seconds = time.monotonic() - started
+        made = sum(len(o.token_ids) for output in drawn for o in output.outputs)
+        say(f"{made} tokens in {seconds:.1f} s, {made / seconds:.0f} a second")
+        for number, (task, own) in enumerate(zip(tasks, problems, strict=True)):
+            found = drawn[number * count : (number + 1) * count]
+            line = {"task": task.name, "temperature": temperature, **_solved(task, own, found), **about}
+            append(out, [line])
+            say(json.dumps(line))
 
 
 def own(config: ReasoningConfig, model: str, out: Path, settings: DrawSettings, *, count: int, say: Say) -> None:
