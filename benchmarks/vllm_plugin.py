@@ -307,7 +307,8 @@ def main() -> int:
     longest = max([context + room for _, context in points] + [i + o + 16 for _, i, o in work] + [4200])
     if options.longest:
         shape = SHAPES[options.shape]
-        token = 4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+        number = 1 if options.mode == "fp8" else 2
+        token = 2 * number * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
         dense = int(options.kv * 2**30 * options.tp * options.pp / token)
         longest = int(dense * (0.8 * options.ratio if options.mode == "plugin" else 0.999))
     begin = time.perf_counter()
