@@ -6,7 +6,7 @@ from sparsekv.evals.problems.base import Problem
 from sparsekv.evals.problems.procedural import SPLITS, split_of
 from sparsekv.evals.problems.tasks import get, procedural
 
-NAMES = ["countdown-8", "paths-6", "program-12", "program-60", "times-2", "times-7", "sums-3"]
+NAMES = ["countdown-8", "largest-8", "paths-6", "program-12", "program-60", "times-2", "times-7", "sums-3"]
 WRONG = ["", "0", "-1", "1/0", "a b c", "3+4=7", "9" * 400, "1=1=1", ",,,", "٣", "a a a a a a a a a"]
 
 
@@ -25,14 +25,15 @@ def test_splits(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_written_chains_are_right(name: str):
-    """Of a search's chains some give up; none ends in a wrong answer."""
+    """Of a search's chains some give up; none ends in a wrong answer, where the family is certain."""
     family, level = name.split("-")
     task = procedural(family, int(level))
     problems = task.problems("train", 10)
     chains = [task.written(p) for p in problems]
     answers = [task.extract(chain) for chain in chains]
     assert chains == [task.written(p) for p in problems]
-    assert all(task.right(p, a) for p, a in zip(problems, answers, strict=True) if a is not None)
+    if task.certain:
+        assert all(task.right(p, a) for p, a in zip(problems, answers, strict=True) if a is not None)
     assert sum(a is not None for a in answers) >= (10 if task.voted else 5)
     assert all(task.extract("".join(chain.splitlines(keepends=True)[:-1])) is None for chain in chains)
 

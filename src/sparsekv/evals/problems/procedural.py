@@ -37,6 +37,8 @@ class Procedural(ABC):
     level: int
     family: ClassVar[str]
     voted: ClassVar[bool]
+    certain: ClassVar[bool] = True
+    """Every answer of a written chain is right."""
     levels: ClassVar[tuple[int, int]]
     """The least and the greatest difficulty."""
 
@@ -60,7 +62,7 @@ class Procedural(ABC):
 
     @abstractmethod
     def written(self, problem: Problem) -> str:
-        """A right chain of thought, the same each time; a search may end without an answer, after CAP characters."""
+        """A chain of thought, the same each time; a search may end without an answer, after CAP characters."""
 
     @abstractmethod
     def right(self, problem: Problem, answer: str) -> bool:

@@ -10,6 +10,7 @@ from sparsekv.evals.problems.procedural import Procedural
 
 _FAMILIES = {
     "countdown": "countdown.Countdown",
+    "largest": "largest.Largest",
     "paths": "paths.Paths",
     "program": "program.Program",
     "sums": "sums.Sums",
