@@ -23,7 +23,7 @@ def straight_through(alpha: Tensor) -> Tensor:
     return (alpha > 0.5).to(alpha.dtype) - alpha.detach() + alpha
 
 
-def compression_loss(alphas: Sequence[Tensor], target: float) -> Tensor:
+def compression_loss(alphas: Sequence[Tensor], target: float | Tensor) -> Tensor:
     """max(0, target - fraction of merges), a mean over texts.
 
     alphas: of each layer [B, S, H], whose heads may differ in number but not too much: layers weigh the same, as in the

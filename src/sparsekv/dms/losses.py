@@ -26,17 +26,17 @@ def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def hinge(fraction: Tensor, target: float) -> Tensor:
+def hinge(fraction: Tensor, target: float | Tensor) -> Tensor:
     """max(0, target - fraction): pulls while too little is marked. fraction: the mean of alpha or of hard marks."""
     return (target - fraction).clamp(min=0)
 
 
-def hinge_sum(fraction: Tensor, target: float, count: int) -> Tensor:
+def hinge_sum(fraction: Tensor, target: float | Tensor, count: int) -> Tensor:
     """max(0, count * target - sum of alpha): the paper's, over `count` decisions. fraction: their mean."""
     return hinge(fraction, target) * count
 
 
-def bernoulli_kl(fraction: Tensor, target: float) -> Tensor:
+def bernoulli_kl(fraction: Tensor, target: float | Tensor) -> Tensor:
     """KL(Bernoulli(target) || Bernoulli(fraction)) in nats: the two-sided alternative to the hinge."""
     f = fraction.clamp(1e-6, 1 - 1e-6)
     p = torch.as_tensor(target, dtype=f.dtype, device=f.device)

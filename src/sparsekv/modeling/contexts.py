@@ -21,6 +21,7 @@ class SoftGates:
 
     With a seed, the noise is decided by (seed, layer, row of the whole batch) alone: a layer that gradient
     checkpointing runs again draws the same, and the ranks of a distributed run draw together what one process would.
+    The next seed's noise is drawn into the same tensors, so that a recorded step reads it.
     """
 
     tau: float
@@ -32,9 +33,11 @@ class SoftGates:
     """This forward's batch is piece `part` of `parts` equal pieces of the whole batch."""
     gates: dict[int, Tensor] = field(default_factory=dict)
     """By governed layer, float32 [B * S, kv_heads]: l; alpha = sigmoid(l), a hard mark is l > 0."""
+    _noise: dict[int, Tensor] = field(default_factory=dict)
+    """By layer, float32 [B * S, kv_heads or 1], of this seed."""
 
     def __call__(self, layer: int, logits: Tensor) -> Tensor:
-        gate = (logits + self._noise(layer, logits)) / self.tau
+        gate = (logits + self._noise_of(layer, logits)) / self.tau
         self.gates.setdefault(layer, gate)  # not what gradient checkpointing runs again
         return dms.log_keep(gate)
 
@@ -42,14 +45,25 @@ class SoftGates:
         """Forget the last forward's gates; the next one draws from this seed."""
         self.seed, self.part, self.parts = seed, part, parts
         self.gates = {}
+        for layer, noise in self._noise.items():
+            noise.copy_(self._drawn(layer, noise))
 
-    def _noise(self, layer: int, logits: Tensor) -> Tensor:
-        tokens, heads = logits.shape
-        shape = (self.parts * tokens, 1 if self.shared else heads)
+    def _noise_of(self, layer: int, logits: Tensor) -> Tensor:
+        like = logits[:, :1] if self.shared else logits
+        if self.seed is None:
+            return self._drawn(layer, like)
+        held = self._noise.get(layer)
+        if held is None or held.shape != like.shape:
+            held = self._noise[layer] = self._drawn(layer, like)
+        return held
+
+    def _drawn(self, layer: int, like: Tensor) -> Tensor:
+        """This forward's part of the noise of the whole batch, of the shape and on the device of `like`."""
+        tokens, heads = like.shape
         generator = None
         if self.seed is not None:
-            generator = torch.Generator(device=logits.device).manual_seed(self.seed * 1009 + layer)
-        noise = dms.logistic(shape, generator=generator, device=logits.device)
+            generator = torch.Generator(device=like.device).manual_seed(self.seed * 1009 + layer)
+        noise = dms.logistic((self.parts * tokens, heads), generator=generator, device=like.device)
         return noise[self.part * tokens : (self.part + 1) * tokens]
 
 

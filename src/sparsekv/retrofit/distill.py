@@ -67,7 +67,10 @@ class Distillation(nn.Module):
         self.teacher_split = None if teacher is None else SplitModel(teacher)
         self.divergence = _DIVERGENCES[config.divergence]
         self.quantiles: Tensor
-        self.register_buffer("quantiles", torch.zeros(QUANTILES + 1, device=next(student.parameters()).device))
+        self.target: Tensor
+        device = next(student.parameters()).device
+        self.register_buffer("quantiles", torch.zeros(QUANTILES + 1, device=device))
+        self.register_buffer("target", torch.zeros((), device=device), persistent=False)
         layers = {name for model in (student, teacher) if model for name in model._no_split_modules or ()}
         self._no_split_modules = sorted(layers & {type(module).__name__ for module in self.modules()})
         """What FSDP gathers at a time, by the name that accelerate asks for; without it, everything at once."""
@@ -83,23 +86,32 @@ class Distillation(nn.Module):
         """input_ids: int64 [B, S]; documents: as SplitModel.hidden takes them. Returns float32 "loss", "divergence",
         "pull" and "fractions" [layers], the marked fraction of each; all but the loss over the rows of all
         processes."""
-        attachment, config = attachment_of(self.student), self.settings
-        gates, policy = attachment.gates, attachment.policy
-        assert isinstance(gates, SoftGates) and isinstance(policy, DMSPolicy), "training runs within contexts.soft"
-        policy.offset, attachment.keep = self.offset_for(draw), draw.keep or 0.0
+        self.begin(draw)
+        return self.compare(input_ids, documents)
+
+    def begin(self, draw: Draw) -> None:
+        """What the host decides of the next forward."""
+        gates, policy = self._gates()
+        policy.offset, attachment_of(self.student).keep = self.offset_for(draw), draw.keep or 0.0
+        gates.begin(seed=draw.seed, part=draw.part, parts=draw.parts)
+        self.target.fill_(draw.target)
+
+    def compare(self, input_ids: Tensor, documents: Tensor | None = None) -> dict[str, Tensor]:
+        """The rest of `forward`, which only the device need do."""
+        config = self.settings
+        gates, policy = self._gates()
         with self._autocast(input_ids.device):
             teacher = self._teach(input_ids, documents)
-            gates.begin(seed=draw.seed, part=draw.part, parts=draw.parts)
             student = self.split.hidden(input_ids, documents=documents)
             divergence = self._diverge(teacher, student)
-        self._remember(gates, policy.offset)
+        self._remember(gates, policy.offset_on(input_ids.device))
         fractions = over_processes(marked_fractions(gates.gates, hard=config.fraction == "hard"))
         count = sum(gate.numel() for gate in gates.gates.values()) // len(input_ids)
         if config.pull == "hinge_text":
             alphas = [gate.sigmoid().unflatten(0, (len(input_ids), -1)) for gate in gates.gates.values()]
-            pull = dmc.compression_loss(alphas, draw.target)
+            pull = dmc.compression_loss(alphas, self.target)
         else:
-            pull = pull_to(draw.target, fractions.mean(), kind=config.pull, count=count)
+            pull = pull_to(self.target, fractions.mean(), kind=config.pull, count=count)
         return {
             "loss": divergence + pull,
             "divergence": over_processes(divergence.detach()),
@@ -116,8 +128,14 @@ class Distillation(nn.Module):
         full, target = (self.quantiles[round((1 - x) * QUANTILES)] for x in (draw.full, draw.target))
         return float(full - target)
 
+    def _gates(self) -> tuple[SoftGates, DMSPolicy]:
+        attachment = attachment_of(self.student)
+        gates, policy = attachment.gates, attachment.policy
+        assert isinstance(gates, SoftGates) and isinstance(policy, DMSPolicy), "training runs within contexts.soft"
+        return gates, policy
+
     @torch.no_grad()
-    def _remember(self, gates: SoftGates, offset: float) -> None:
+    def _remember(self, gates: SoftGates, offset: Tensor) -> None:
         """The quantiles of z + g, without the offset: at offset o, a share P(z + g + o > 0) is marked."""
         if self.settings.hold != "random" or not self.settings.hold_steps:
             return
@@ -144,7 +162,7 @@ class Distillation(nn.Module):
 
         total = torch.zeros((), device=student.device)
         for t, s in self.split.chunks(teacher.flatten(0, 1), student.flatten(0, 1)):
-            result: Any = checkpoint(piece, t, s, use_reentrant=False)
+            result: Any = checkpoint(piece, t, s, use_reentrant=False, preserve_rng_state=False)  # draws nothing
             total = total + result
         return total / student.shape[:2].numel()
 
@@ -156,7 +174,7 @@ class Distillation(nn.Module):
         return self.settings.trainable != "heads"
 
 
-def pull_to(target: float, fraction: Tensor, *, kind: str, count: int) -> Tensor:
+def pull_to(target: float | Tensor, fraction: Tensor, *, kind: str, count: int) -> Tensor:
     """The loss that moves the fraction of marks to the target. count: decisions per row, for the sum."""
     if kind == "hinge_sum":
         return dms.hinge_sum(fraction, target, count)

@@ -159,6 +159,7 @@ def load_teacher(config: RetrofitConfig, tokenizer: PreTrainedTokenizerBase) -> 
             f"the teacher {name} has another vocabulary ({len(theirs)} tokens) than {config.model} ({len(tokenizer)}): "
             "a token must mean the same to both; name a teacher of the same family"
         )
+    attach(teacher, policy="dense")  # keeps packed documents apart by their places, without a mask
     return teacher
 
 

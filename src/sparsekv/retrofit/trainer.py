@@ -6,10 +6,12 @@ resumed, or that is spread over several processes, gives the losses of an undist
 """
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -40,6 +42,7 @@ from sparsekv.retrofit.distill import Distillation, Draw
 from sparsekv.retrofit.export import export
 from sparsekv.retrofit.metrics import MetricsCallback
 from sparsekv.retrofit.peft import add_lora
+from sparsekv.retrofit.recorded import Recorded
 from sparsekv.retrofit.target import Progress, channel_kept, step_target
 
 
@@ -60,8 +63,9 @@ def train(
     with contexts.soft(model, tau=config.tau, shared=config.granularity == "layer"):
         trainer = RetrofitTrainer(model, rows, config, teacher=teacher, progress=progress)
         newest = checkpoints.newest(Path(config.output))
-        with compiled_layers(model):
+        with compiled_layers(model), nullcontext() if teacher is None else compiled_layers(teacher):
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        trainer.recorded = None  # its memory is free again
         model.eval()
         attachment_of(model).keep = 0.0
         policy = attachment_of(model).policy
@@ -210,6 +214,9 @@ class RetrofitTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.metrics = metrics
         self.progress = Progress(config.stall_steps)
+        self.recorded: Recorded | None = None
+        if self._can_be_recorded(on_cpu):
+            self.recorded = Recorded(self._work, [p for p in model.parameters() if p.requires_grad])
         self._made: list[dict[str, Any]] = []
         self._gradient_seen = False
 
@@ -229,29 +236,55 @@ class RetrofitTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """inputs: input_ids and, where rows are packed, documents, int64 [B, S] -> the scalar loss."""
-        step = self.state.global_step + 1
-        target, full = step_target(self.retrofit, step)
-        alike = self.retrofit.tensor_parallel
-        part = len(self._made) * (self.args.world_size // alike) + self.args.process_index // alike
-        seed = self.retrofit.seed * 1_000_003 + step
-        keep = channel_kept(self.retrofit, step)
-        draw = Draw(seed=seed, target=target, part=part, parts=self.parts, keep=keep, full=full)
-        made = model(inputs["input_ids"], draw, documents=inputs.get("documents"))
+        made = model(inputs["input_ids"], self._draw(), documents=inputs.get("documents"))
         self._made.append({name: value.detach() for name, value in made.items()})
         return made["loss"]
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Tensor | Any], *args: Any, **kwargs: Any) -> Tensor:
         """A forward and backward; stops before the optimiser takes in what is not finite."""
-        loss = super().training_step(*args, **kwargs)
+        if self.recorded is None:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        else:
+            model.train()
+            self.distillation.begin(self._draw())
+            self._made.append(self.recorded(**self._prepare_inputs(inputs)))
+            loss = self._made[-1]["loss"]
         if len(self._made) == self.args.gradient_accumulation_steps:
             self._finish(self.state.global_step + 1)
             self._made = []
         return loss
 
+    def _draw(self) -> Draw:
+        """What the next forward is to do."""
+        step, alike = self.state.global_step + 1, self.retrofit.tensor_parallel
+        target, full = step_target(self.retrofit, step)
+        return Draw(
+            seed=self.retrofit.seed * 1_000_003 + step,
+            target=target,
+            part=len(self._made) * (self.args.world_size // alike) + self.args.process_index // alike,
+            parts=self.parts,
+            keep=channel_kept(self.retrofit, step),
+            full=full,
+        )
+
+    def _can_be_recorded(self, on_cpu: bool) -> bool:
+        """On a GPU of its own, a step asks the host for nothing but what Distillation.begin puts into tensors: unless a
+        channel fades, or forwards that are made again look after generators."""
+        alone = self.parts == 1 and not dist.is_initialized()
+        config = self.retrofit
+        return alone and not on_cpu and config.source == "linear" and not config.gradient_checkpointing
+
+    def _work(self, input_ids: Tensor, documents: Tensor | None = None) -> dict[str, Tensor]:
+        """What a recorded step does."""
+        made = self.distillation.compare(input_ids, documents)
+        made["loss"].backward()
+        return {name: value.detach() for name, value in made.items()}
+
     def _finish(self, step: int) -> None:
         """Check and record a step whose gradients are complete."""
         made = {name: torch.stack([part[name] for part in self._made]).mean(0) for name in self._made[0]}
-        divergence, pull, fractions = made["divergence"].item(), made["pull"].item(), made["fractions"].tolist()
+        told = torch.cat([made["divergence"][None], made["pull"][None], made["fractions"]])
+        divergence, pull, *fractions = told.tolist()  # the device is waited for once
         if not math.isfinite(divergence + pull):
             raise ValueError(
                 f"the loss is not finite at step {step} (divergence {divergence}, hinge {pull}): lower lr "

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsekv.evals.problems.procedural import split_of
+from sparsekv.retrofit import recorded
 from sparsekv.studies.reasoning.__main__ import main
 from sparsekv.studies.reasoning.chats import encode, prompt_ids
 from sparsekv.studies.reasoning.config import load
@@ -101,6 +102,20 @@ def test_loss_falls(study: Path, tmp_path: Path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     assert rate(config, 39) < rate(config, 20) < rate(config, 1)
+
+
+@pytest.mark.gpu
+def test_recorded_steps_give_the_losses_of_plain_ones(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(name: str) -> list[float]:
+        train(load(study, overrides=["steps=10"]), study.parent / "data", tmp_path / name, seconds=1e9, say=print)
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorded, "WARM_UPS", 1000)
+        plain = losses("plain")
+    assert losses("recorded") == pytest.approx(plain, rel=1e-2)
 
 
 def test_check_and_own(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

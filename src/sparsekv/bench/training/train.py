@@ -1,7 +1,8 @@
 """Training: attention with the gate, forward and backward, beside FlexAttention; and the whole step of a retrofit.
 
 The step is the retrofit's with the base frozen: the teacher's forward, the student's with soft gates, the divergence
-over the vocabulary in chunks, the hinge, the backward, the optimiser of the heads. Weights are random.
+over the vocabulary in chunks, the hinge, the backward, the optimiser of the heads, as one CUDA graph but for the last.
+Weights are random.
 
 Floating-point operations, per layer: each matrix 2 a number and token in either forward and 2 in the backward, which
 needs the inputs' gradient alone; attention 2 products over the triangle forward and 5 backward (7 are computed: scores
@@ -26,6 +27,7 @@ from sparsekv.modeling.split import SplitModel
 from sparsekv.ops.gate import gate
 from sparsekv.provenance import environment
 from sparsekv.retrofit.distill import marked_fractions
+from sparsekv.retrofit.recorded import WARM_UPS, Recorded
 
 WINDOW = 64
 TIMED_LAYERS = (4, 8)
@@ -130,20 +132,28 @@ def _timed_step(
     ids = torch.randint(0, shape.vocabulary, (batch, tokens), device=device)
     with contexts.dense(model):
         split = SplitModel(model)
-    optimizer = torch.optim.AdamW([p for head in heads(model) for p in head.parameters()], lr=1e-5, fused=True)
+    trained = [p for head in heads(model) for p in head.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    with compiled_layers(model), contexts.soft(model, tau=0.1) as gates:
 
-    def step() -> None:
-        with contexts.dense(model), torch.no_grad():
-            teacher = split.hidden(ids)
-        with contexts.soft(model, tau=0.1) as gates:
-            student = split.hidden(ids)
-            loss = split.divergence(teacher, student, dms.kl_teacher_student)
+        def work(ids: Tensor) -> dict[str, Tensor]:
+            with contexts.dense(model), torch.no_grad():
+                teacher = split.hidden(ids)
+            loss = split.divergence(teacher, split.hidden(ids), dms.kl_teacher_student)
             loss = loss + dms.hinge(marked_fractions(gates.gates, hard=False).mean(), 0.5)
             loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+            return {}
 
-    with compiled_layers(model):
+        forward_backward = Recorded(work, trained) if device.type == "cuda" else work
+
+        def step() -> None:
+            gates.begin(seed=0)
+            forward_backward(ids=ids)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for _ in range(WARM_UPS + 1):
+            step()
         found: dict[str, Any] = {"ms": median_ms(step, device, repeats=5), "peak_bytes": _peak_bytes(step, device)}
         if kernels and device.type == "cuda":
             found["kernels"] = kernel_times(step, most=kernels, steps=2)

@@ -28,6 +28,7 @@ from sparsekv.modeling.load import load_model
 from sparsekv.modeling.split import SplitModel
 from sparsekv.ops.transfer import upload
 from sparsekv.retrofit import checkpoint
+from sparsekv.retrofit.recorded import Recorded
 from sparsekv.studies.reasoning import data
 from sparsekv.studies.reasoning.chats import TEMPLATE
 from sparsekv.studies.reasoning.config import ReasoningConfig
@@ -94,14 +95,20 @@ def _steps(
     pairs = list(zip(masters.parameters(), working.parameters(), strict=True))
     own = [master for master, _ in pairs]
     working.train()
+
+    def work(tokens: Tensor, labels: Tensor, documents: Tensor) -> dict[str, Tensor]:
+        hidden = split.hidden(tokens, documents=documents).flatten(0, 1)
+        parts = zip(hidden.split(CHUNK), labels.flatten().split(CHUNK), strict=True)
+        total = torch.stack([loss_of(h, split.head.weight, y) for h, y in parts]).sum()
+        loss = total / (labels != IGNORE).sum().clamp(min=1)
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    forward_backward = Recorded(work, [run for _, run in pairs]) if device.type == "cuda" else work
     with compiled_layers(working):
         while step < config.steps:
             tokens, labels, documents = _moved(next(rows), device)
-            hidden = split.hidden(tokens, documents=documents).flatten(0, 1)
-            parts = zip(hidden.split(CHUNK), labels.flatten().split(CHUNK), strict=True)
-            total = torch.stack([loss_of(h, split.head.weight, y) for h, y in parts]).sum()
-            loss = total / (labels != IGNORE).sum().clamp(min=1)
-            loss.backward()
+            loss = forward_backward(tokens=tokens, labels=labels, documents=documents)["loss"]
             for master, run in pairs:
                 master.grad = None if run.grad is None else run.grad.float()
                 run.grad = None
