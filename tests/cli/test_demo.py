@@ -186,8 +186,8 @@ def test_an_adapter_is_found_here_first(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_what_the_demo_claims_on_the_embedded_model(run, tmp_path, monkeypatch):
-    """On the whole context, without ratio 2; what is predicted and said after it is shorter: one core needs minutes."""
-    monkeypatch.setattr(demo, "METHODS", [method for method in demo.METHODS if method != ("dms", 2.0)])
+    """On the whole context, at ratio 4; what is predicted and said after it is shorter: one core needs minutes."""
+    monkeypatch.setattr(demo, "METHODS", [m for m in demo.METHODS if m not in (("dms", 2.0), ("dms", 8.0))])
     monkeypatch.setattr(demo, "CONTINUATION", 64)
     monkeypatch.setattr(demo, "GENERATE", 16)
     outcome = run("demo", "--out", tmp_path / "demo", "--json")
@@ -201,7 +201,7 @@ def test_what_the_demo_claims_on_the_embedded_model(run, tmp_path, monkeypatch):
         assert (tmp_path / "demo" / name).stat().st_size > 0
     runs = {run["ratio_asked"]: run for run in results["runs"] if run["policy"] in ("dense", "dms")}
     others = [run for run in results["runs"] if run["policy"] in ("random", "streaming")]
-    assert set(runs) == {1, 4, 8}
+    assert set(runs) == {1, 4}
     assert [run["policy"] for run in others] == ["random", "streaming"]
     for ratio, measured in [*runs.items(), *((4, run) for run in others)]:
         assert measured["ratio_held"] == pytest.approx(ratio, rel=0.1)

@@ -102,6 +102,19 @@ def test_what_a_kill_leaves_is_gone_on_from(write: Write, whole: Path, tmp_path:
     assert len(drawn(more, out)["dense/toy-voted/0"]) == 8
 
 
+def test_processes_share_a_folder(write: Write, whole: Path, tmp_path: Path) -> None:
+    """What another one draws is left to it, and drawn by whoever comes when it has been killed."""
+    study = load_study(write())
+    run(study, whole, say=quiet)
+    first = next(study.cells())
+    with Draws.of(tmp_path, first).claimed() as mine:
+        assert mine
+        assert not run(study, tmp_path, say=quiet)
+        assert [cell.name for cell in lacking(study, tmp_path, only=None)] == [first.name]
+    assert run(study, tmp_path, say=quiet)
+    assert drawn(study, tmp_path) == drawn(study, whole)
+
+
 def test_the_report_is_whole(write: Write, whole: Path, tmp_path: Path) -> None:
     run(load_study(write()), whole, say=quiet)
     study, out, page = load_study(write(seeds=[0, 1])), tmp_path / "out", tmp_path / "page.md"

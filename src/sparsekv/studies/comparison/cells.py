@@ -14,9 +14,9 @@ from sparsekv.evals.methods.setting import Setting
 from sparsekv.modeling.attach import detach
 from sparsekv.modeling.load import load_model
 from sparsekv.provenance import environment
-from sparsekv.studies.comparison.locks import held
 from sparsekv.studies.comparison.speed import timed
 from sparsekv.studies.comparison.study import Method, Study, load_study
+from sparsekv.studies.locks import held
 from sparsekv.studies.workers import Cell, Line
 
 Cells = dict[str, Cell]

@@ -13,8 +13,8 @@ from sparsekv.evals.methods.setting import Setting
 from sparsekv.json_lines import Line
 from sparsekv.modeling.attach import attach, detach
 from sparsekv.modeling.load import load_model
-from sparsekv.studies.comparison.locks import held
 from sparsekv.studies.comparison.study import Speed, Study
+from sparsekv.studies.locks import held
 
 RUNS = 3
 

@@ -6,12 +6,14 @@ lengths reads, bounds and peak (tokens of a KV head, averaged over layers and he
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsekv.json_lines import Line, append, parsed, whole
+from sparsekv.studies.locks import claimed
 from sparsekv.studies.scale.cells import Cell
 
 FOLDER = "draws"
@@ -39,6 +41,13 @@ class Draws:
         if lines and "cell" not in lines[0]:
             raise ValueError(f"{self.path} holds no draws of a study; give another --out")
         return (lines[0], lines[1:]) if lines else (None, [])
+
+    @contextmanager
+    def claimed(self) -> Iterator[bool]:
+        """Whether no other process draws the cell, which then this one does within."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with claimed(self.path) as mine:
+            yield mine
 
     def add(self, lines: Sequence[Line]) -> None:
         """Append, in place of what a kill has cut."""

@@ -27,8 +27,9 @@ def run(
     seconds: float = float("inf"),
     say: Say = to_stderr,
 ) -> bool:
-    """Draw the cells (those that `only` names) that `out` lacks. Returns whether all of them are there now; False where
-    the seconds were over first: no batch is begun that would end later, by what the last one took.
+    """Draw the cells (those that `only` names) that `out` lacks, and leave those to it that another process draws.
+    Returns whether all of them are there now; False where the seconds were over first: no batch is begun that would end
+    later, by what the last one took.
 
     Raises ValueError for draws of another study, and as `draw` does.
     """
@@ -37,15 +38,19 @@ def run(
     with closing(Engines(study)) as engines:
         for number, cell in enumerate(cells):
             draws = Draws.of(out, cell)
-            say(f"== {cell.name} ({number + 1} of {len(cells)})")
-            for lines in draw(study, cell, draws.read(), engines):
-                draws.add(lines)
-                if "problem" in lines[0]:
-                    say(f"   {len(lines)} problems, {_right(lines):.0%} of chains right, {clock.lap():.1f} s")
-                if clock.over and not complete(study, draws):
-                    say(f"The {seconds:g} seconds are over; the same command goes on from here")
-                    return False
-    return True
+            with draws.claimed() as mine:
+                if not mine:
+                    say(f"== {cell.name} is being drawn by another process")
+                    continue
+                say(f"== {cell.name} ({number + 1} of {len(cells)})")
+                for lines in draw(study, cell, draws.read(), engines):
+                    draws.add(lines)
+                    if "problem" in lines[0]:
+                        say(f"   {len(lines)} problems, {_right(lines):.0%} of chains right, {clock.lap():.1f} s")
+                    if clock.over and not complete(study, draws):
+                        say(f"The {seconds:g} seconds are over; the same command goes on from here")
+                        return False
+    return all(complete(study, Draws.of(out, cell)) for cell in cells)
 
 
 def prepare(study: Study, out: Path, *, only: Sequence[str] | None) -> list[Cell]:
