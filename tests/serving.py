@@ -21,10 +21,13 @@ def attached(policy: str = "dms", family: str = "Llama", **options: Any) -> Any:
 
 
 def engine(model: Any, *, pages: int | None = None, **options: Any) -> LLM:
-    """An LLM over an attached model, with `pages` pages (None = ample)."""
+    """An LLM over an attached model, with `pages` pages (None = ample), which expects sequences to end at once: a pool
+    that is too small is filled, and swapped."""
     page_bytes = 2 * PAGE * 8 * 8
     options = {"page_size": PAGE, "max_num_seqs": 4, "max_num_batched_tokens": 16} | options
-    return LLM(model, kv_memory=(pages or 10**6) * page_bytes, **options)
+    llm = LLM(model, kv_memory=(pages or 10**6) * page_bytes, **options)
+    llm.engine.scheduler.written = 0
+    return llm
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:

@@ -131,6 +131,7 @@ def test_short_memory_swaps_forks_and_changes_nothing(model: Any, graphed: LLM) 
     params = SamplingParams(n=3, max_tokens=80, seed=1, temperature=0.8)
     page_bytes = graphed.engine.runner.ragged.pool.page_bytes
     short = _llm(model, kv_memory=220 * page_bytes, enforce_eager=True)
+    short.engine.scheduler.written = 0  # so that it swaps
     ample = graphed.generate(MANY[:5], params)
     tight = short.generate(MANY[:5], params)
     same = [_ids(a, i) == _ids(b, i) for a, b in zip(ample, tight, strict=True) for i in range(3)]

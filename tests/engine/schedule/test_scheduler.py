@@ -167,6 +167,7 @@ def test_everything_finishes_and_the_pool_never_runs_dry(seed: int, ahead: int) 
     rng = random.Random(seed)
     pages = rng.randint(40, 120)
     scheduler = _scheduler(pages=pages, rows=rng.randint(1, 4), tokens=rng.randint(4, 20), ratio=rng.choice([1.0, 3.0]))
+    scheduler.written *= seed % 2
     device = _Device(scheduler, seed=seed)
     todo = [_sequence(i, rng.randint(1, 30), rng.randint(1, 12)) for i in range(12)]
     done, given_up = [], []
@@ -233,6 +234,61 @@ def test_a_newcomer_waits_until_each_running_sequence_has_its_reserve() -> None:
         step = scheduler.decide(in_flight=False)
         assert isinstance(step, RunStep)
         assert bool(step.chunks) == together
+
+
+@pytest.mark.parametrize(("pages", "comes"), [(30, False), (31, True)])
+def test_a_newcomer_leaves_what_all_will_have_grown(pages: int, comes: bool) -> None:
+    """Expected to write 20 tokens: when the first ends, 19 steps on, both have grown by 19 tokens of 4 heads, 38 pages,
+    of which 19 are left. They hold four pages each, and the first takes four with its next two tokens."""
+    scheduler = _scheduler(pages=pages, tokens=64)
+    scheduler.written = 20
+    device = _Device(scheduler, seed=0)
+    device.keep[:] = 1.0
+    scheduler.add(_sequence(0, PAGE, new=100))
+    step = scheduler.decide(in_flight=False)
+    assert isinstance(step, RunStep)
+    device.run(step)
+    device.settle()
+    scheduler.add(_sequence(1, PAGE, new=100))
+    step = scheduler.decide(in_flight=False)
+    assert isinstance(step, RunStep)
+    assert bool(step.chunks) == comes
+
+
+def test_ends_tell_how_much_is_written() -> None:
+    scheduler = _scheduler(pages=1000, tokens=64)
+    scheduler.written = 20
+    sequences = [_sequence(i, PAGE, new=100) for i in range(2)]
+    for row, (sequence, sampled) in enumerate(zip(sequences, (40, 50), strict=True)):
+        scheduler.start(sequence, row)
+        sequence.sampled = sampled
+    scheduler.remove(sequences[0])  # it is swapped out, and has not ended
+    assert scheduler.written == 20
+    scheduler.start(sequences[0], 0)
+    for sequence, written in zip(sequences, (30, 50), strict=True):
+        sequence.finish("stop")
+        scheduler.remove(sequence)
+        assert scheduler.written == written
+
+
+@pytest.mark.parametrize(("pages", "comes"), [(35, False), (36, True)])
+def test_samples_of_a_prompt_wait_for_pages_to_fork_into(pages: int, comes: bool) -> None:
+    """12 pages that are held, or taken in two steps, by what runs and the prompt; 4 for each of the two forks, and 4
+    for each of the four that then run."""
+    scheduler = _scheduler(pages=pages, rows=48, tokens=64)
+    device = _Device(scheduler, seed=0)
+    device.keep[:] = 1.0
+    scheduler.add(_sequence(0, PAGE))
+    step = scheduler.decide(in_flight=False)
+    assert isinstance(step, RunStep)
+    device.run(step)
+    device.settle()
+    many = _sequence(1, PAGE)
+    many.request.params = SamplingParams(n=3)
+    scheduler.add(many)
+    step = scheduler.decide(in_flight=False)
+    assert isinstance(step, RunStep)
+    assert bool(step.chunks) == comes
 
 
 def test_nothing_but_a_step_may_follow_a_step_in_flight() -> None:

@@ -152,6 +152,10 @@ class Ledger:
             low, high = (middle, high) if self.growth_of_prompt(row, middle) <= pages else (low, middle)
         return low
 
+    def growing(self, rows: list[int]) -> int:
+        """How many heads of rows, as last reported, are not at their caps."""
+        return int((self.lengths[:, rows] < self._held).sum())
+
     def growth_from(self, lengths: Lengths, decodes: int) -> int:
         """As growth, for a row that is not in the pool: lengths int32 [layers, kv_heads]."""
         now = lengths[:, None]
