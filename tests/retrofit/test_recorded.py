@@ -5,8 +5,9 @@ decided while it was recorded stays as it was, as in a graph.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -52,8 +53,14 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> None:
         with graph:
             yield
 
-    monkeypatch.setattr(recorded.torch.cuda, "CUDAGraph", Tape)
-    monkeypatch.setattr(recorded.torch.cuda, "graph", record)
+    for name, stand_in in {
+        "CUDAGraph": Tape,
+        "graph": record,
+        "Stream": MagicMock,
+        "current_stream": MagicMock,
+        "stream": lambda _: nullcontext(),
+    }.items():
+        monkeypatch.setattr(recorded.torch.cuda, name, stand_in)
     monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)  # as it is while a graph is recorded
 
 

@@ -38,10 +38,14 @@ class _Recording:
 
 class Recorded:
     """Does the work, by a recording from its fourth call with the same shapes on. Before each call the parameters have
-    no gradients. What it returns holds until the next call."""
+    no gradients. What it returns holds until the next call.
+
+    Calls before the recording run on its stream too: a gradient that is still bound to another one cannot be recorded.
+    """
 
     def __init__(self, work: Work, parameters: Sequence[nn.Parameter]) -> None:
         self.work, self.parameters = work, parameters
+        self._stream = torch.cuda.Stream()
         self._done: dict[_Shapes, int] = {}
         self._recordings: dict[_Shapes, _Recording] = {}
 
@@ -50,16 +54,24 @@ class Recorded:
         shapes = tuple((name, given[name].shape) for name in sorted(given))
         done = self._done[shapes] = self._done.get(shapes, 0) + 1
         if done <= WARM_UPS:
-            return self.work(**given)
+            return self._work_on_stream(given)
         if shapes not in self._recordings:
             self._recordings[shapes] = self._record(given)
         return self._recordings[shapes].replay(given)
+
+    def _work_on_stream(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            outputs = self.work(**given)
+        current.wait_stream(self._stream)
+        return outputs
 
     def _record(self, given: dict[str, Tensor]) -> _Recording:
         inputs = {name: value.clone() for name, value in given.items()}
         graph = torch.cuda.CUDAGraph()
         # the backward runs in a thread of autograd's, which a capture of the whole process would forbid to allocate
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             outputs = self.work(**inputs)
         gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
         return _Recording(graph=graph, inputs=inputs, outputs=outputs, gradients=gradients)
