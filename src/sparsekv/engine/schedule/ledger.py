@@ -154,6 +154,8 @@ class Ledger:
 
     def growing(self, rows: list[int]) -> int:
         """How many heads of rows, as last reported, are not at their caps."""
+        if (self._held >= self._caps.max_tokens).all():
+            return self.heads * len(rows)
         return int((self.lengths[:, rows] < self._held).sum())
 
     def growth_from(self, lengths: Lengths, decodes: int) -> int:

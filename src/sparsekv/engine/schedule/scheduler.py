@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekv.engine.schedule.ledger import Ledger
+from sparsekv.engine.schedule.outlook import Outlook
 from sparsekv.engine.schedule.request import Request, Sequence, Status
 
 SCORED = 128
@@ -108,6 +109,8 @@ class Scheduler:
         self.best_ratio = ratio
         self.written: float = WRITTEN
         """Tokens that a sequence writes until it ends: the mean over about as many ends as sequences run."""
+        self._outlook: Outlook | None = None
+        """As it was when this step's first newcomer asked."""
         self.free_rows = list(range(rows - 1, -1, -1))
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -168,6 +171,7 @@ class Scheduler:
 
     def decide(self, *, in_flight: bool) -> Action:
         """The next action. in_flight: a step is not read back yet; then only a RunStep or a SwapIn may follow it."""
+        self._outlook = None
         ready = [s for s in self.running if s.ready]
         step = RunStep(decodes=ready)
         if ready and not self._more_to_do(ready) and self.ledger.surely_fits(len(ready)):
@@ -227,24 +231,19 @@ class Scheduler:
         cost less."""
         if not self.running and len(newcomers) == 1:
             return spare >= at_least
-        together = len(self.running) + len(newcomers)
-        return spare >= max(at_least, self.ledger.heads * together) and 2 * spare >= self._growth_ahead(newcomers)
-
-    def _growth_ahead(self, newcomers: list[Sequence]) -> int:
-        """The pages by which what runs, and newcomers, will have grown at the worst moment, as far as one can tell.
-
-        Where the k that end first had written w_1 ... w_k tokens and the next of n ends r tokens from now, the others
-        have grown by (n - k) r tokens and w_1 + ... + w_k are given back, by heads that are not at their caps.
-        """
-        ledger, all_ = self.ledger, self.running + newcomers
-        written = np.array([s.sampled for s in all_], dtype=np.int64)
-        most = np.array([s.request.most_new for s in all_], dtype=np.int64) - written
-        left = np.minimum(np.maximum(self.written - written, ledger.page_size), most)
-        order = left.argsort()
-        gone = written[order].cumsum() - written[order]
-        tokens = float((np.arange(len(all_), 0, -1) * left[order] - gone).max())
-        growing = ledger.growing([s.row_() for s in self.running]) if self.running else ledger.heads
-        return int(tokens * growing / max(1, len(self.running)) / ledger.page_size / self.ratio)
+        heads, together = self.ledger.heads, len(self.running) + len(newcomers)
+        if spare < max(at_least, heads * together):
+            return False
+        slots = 2 * spare * self.ledger.page_size * self.ratio
+        each = min(self.written, max(s.request.most_new for s in newcomers))
+        if slots >= heads * together * max(self.written, self.ledger.page_size):
+            return True  # whatever they have written
+        if self._outlook is None:
+            growing = self.ledger.growing([s.row_() for s in self.running]) if self.running else heads
+            least = self.ledger.page_size
+            self._outlook = Outlook.of(self.running, expected=self.written, least=least, growing=growing)
+        more = together - len(self._outlook.left)  # newcomers of this step run already
+        return slots >= self._outlook.growing * self._outlook.tokens(more, each)
 
     def _chunks(self, ready: list[Sequence], spare: int) -> list[Chunk]:
         """spare: the pages that are left when all that is ready has run twice."""
