@@ -307,8 +307,8 @@ def main() -> int:
     longest = max([context + room for _, context in points] + [i + o + 16 for _, i, o in work] + [4200])
     if options.longest:
         shape = SHAPES[options.shape]
-        number = 1 if options.mode == "fp8" else 2
-        token = 2 * number * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+        element = 1 if options.mode == "fp8" else 2  # bytes
+        token = 2 * element * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
         dense = int(options.kv * 2**30 * options.tp * options.pp / token)
         longest = int(dense * (0.8 * options.ratio if options.mode == "plugin" else 0.999))
     begin = time.perf_counter()

@@ -111,7 +111,9 @@ def test_a_recorded_run_gives_the_losses_of_a_plain_one(
         return found
 
     def recording(trainer: Any) -> None:
-        trainer.recorded = Recorded(trainer._work, [p for p in trainer.model.parameters() if p.requires_grad])
+        trainer.recorded = Recorded(
+            trainer._forward_backward, [p for p in trainer.model.parameters() if p.requires_grad]
+        )
 
     plain = losses("plain", lambda trainer: None)
     assert len(plain) > WARM_UPS + 2

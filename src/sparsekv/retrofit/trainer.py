@@ -216,7 +216,7 @@ class RetrofitTrainer(Trainer):
         self.progress = Progress(config.stall_steps)
         self.recorded: Recorded | None = None
         if self._can_be_recorded(on_cpu):
-            self.recorded = Recorded(self._work, [p for p in model.parameters() if p.requires_grad])
+            self.recorded = Recorded(self._forward_backward, [p for p in model.parameters() if p.requires_grad])
         self._made: list[dict[str, Any]] = []
         self._gradient_seen = False
 
@@ -274,7 +274,7 @@ class RetrofitTrainer(Trainer):
         config = self.retrofit
         return alone and not on_cpu and config.source == "linear" and not config.gradient_checkpointing
 
-    def _work(self, input_ids: Tensor, documents: Tensor | None = None) -> dict[str, Tensor]:
+    def _forward_backward(self, input_ids: Tensor, documents: Tensor | None = None) -> dict[str, Tensor]:
         """What a recorded step does."""
         made = self.distillation.compare(input_ids, documents)
         made["loss"].backward()

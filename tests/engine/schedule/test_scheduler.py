@@ -139,19 +139,24 @@ class _Device:
             self.scheduler.ledger.emptied([row])
 
 
+def _run_one(scheduler: Scheduler, sequence: Sequence) -> None:
+    """The sequence's prompt is read, nothing of it forgotten, and it decodes."""
+    device = _Device(scheduler, seed=0)
+    device.keep[:] = 1.0
+    scheduler.add(sequence)
+    step = scheduler.decide(in_flight=False)
+    assert isinstance(step, RunStep)
+    device.run(step)
+    device.settle()
+
+
 @pytest.mark.parametrize("newcomer", [Status.WAITING, Status.SWAPPED])
 @pytest.mark.parametrize(("pages", "comes"), [(19, False), (20, True)])
 def test_a_newcomer_leaves_each_sequence_a_page_per_head(newcomer: Status, pages: int, comes: bool) -> None:
     """It needs four pages, one a head; one runs, holds four and takes four with its next token; two more steps of the
     worst case must fit beside them."""
     scheduler = _scheduler(pages=pages, tokens=64)
-    device = _Device(scheduler, seed=0)
-    device.keep[:] = 1.0
-    scheduler.add(_sequence(0, PAGE))
-    step = scheduler.decide(in_flight=False)
-    assert isinstance(step, RunStep)
-    device.run(step)
-    device.settle()
+    _run_one(scheduler, _sequence(0, PAGE))
     second = _sequence(1, PAGE)
     if newcomer is Status.SWAPPED:
         second.swapped = _Swapped(np.full((LAYERS, HEADS), PAGE))  # type: ignore[assignment]
@@ -223,13 +228,7 @@ def test_a_newcomer_waits_until_each_running_sequence_has_its_reserve() -> None:
     """8 pages of prompt each, 4 for the first one's step, and a page per head for the two of them."""
     for pages, together in ((28, True), (27, False)):
         scheduler = _scheduler(pages=pages)
-        device = _Device(scheduler, seed=0)
-        device.keep[:] = 1.0
-        scheduler.add(_sequence(0, 8))
-        step = scheduler.decide(in_flight=False)
-        assert isinstance(step, RunStep)
-        device.run(step)
-        device.settle()
+        _run_one(scheduler, _sequence(0, 8))
         scheduler.add(_sequence(1, 8))
         step = scheduler.decide(in_flight=False)
         assert isinstance(step, RunStep)
@@ -242,13 +241,7 @@ def test_a_newcomer_leaves_what_all_will_have_grown(pages: int, comes: bool) -> 
     of which 19 are left. They hold four pages each, and the first takes four with its next two tokens."""
     scheduler = _scheduler(pages=pages, tokens=64)
     scheduler.written = 20
-    device = _Device(scheduler, seed=0)
-    device.keep[:] = 1.0
-    scheduler.add(_sequence(0, PAGE, new=100))
-    step = scheduler.decide(in_flight=False)
-    assert isinstance(step, RunStep)
-    device.run(step)
-    device.settle()
+    _run_one(scheduler, _sequence(0, PAGE, new=100))
     scheduler.add(_sequence(1, PAGE, new=100))
     step = scheduler.decide(in_flight=False)
     assert isinstance(step, RunStep)
@@ -276,13 +269,7 @@ def test_samples_of_a_prompt_wait_for_pages_to_fork_into(pages: int, comes: bool
     """12 pages that are held, or taken in two steps, by what runs and the prompt; 4 for each of the two forks, and 4
     for each of the four that then run."""
     scheduler = _scheduler(pages=pages, rows=48, tokens=64)
-    device = _Device(scheduler, seed=0)
-    device.keep[:] = 1.0
-    scheduler.add(_sequence(0, PAGE))
-    step = scheduler.decide(in_flight=False)
-    assert isinstance(step, RunStep)
-    device.run(step)
-    device.settle()
+    _run_one(scheduler, _sequence(0, PAGE))
     many = _sequence(1, PAGE)
     many.request.params = SamplingParams(n=3)
     scheduler.add(many)

@@ -35,12 +35,14 @@ def run(
     """
     cells = prepare(study, out, only=only)
     clock = _Clock(seconds)
+    others: list[Draws] = []
     with closing(Engines(study)) as engines:
         for number, cell in enumerate(cells):
             draws = Draws.of(out, cell)
             with draws.claimed() as mine:
                 if not mine:
                     say(f"== {cell.name} is being drawn by another process")
+                    others.append(draws)
                     continue
                 say(f"== {cell.name} ({number + 1} of {len(cells)})")
                 for lines in draw(study, cell, draws.read(), engines):
@@ -50,7 +52,7 @@ def run(
                     if clock.over and not complete(study, draws):
                         say(f"The {seconds:g} seconds are over; the same command goes on from here")
                         return False
-    return all(complete(study, Draws.of(out, cell)) for cell in cells)
+    return all(complete(study, draws) for draws in others)
 
 
 def prepare(study: Study, out: Path, *, only: Sequence[str] | None) -> list[Cell]:
