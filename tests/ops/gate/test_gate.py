@@ -57,6 +57,19 @@ def test_gradients_match_finite_differences(packed):
     assert torch.autograd.gradcheck(lambda *x: gate(*x, window=2, scale=0.3, documents=documents), tensors)
 
 
+@pytest.mark.gpu
+def test_a_gradient_for_the_gate_alone_on_cuda():
+    """As the heads of a first layer want it, where nothing else is trained."""
+
+    def gradient(device):
+        q, k, v, log_keep = (x.float().to(device) for x in inputs(6))
+        log_keep.requires_grad_()
+        gate(q, k, v, log_keep, window=2, scale=0.3, backend="reference").square().sum().backward()
+        return log_keep.grad.cpu()
+
+    torch.testing.assert_close(gradient("cuda"), gradient("cpu"), rtol=1e-3, atol=1e-4)
+
+
 def test_a_gate_inside_the_window_gets_no_gradient():
     q, k, v, log_keep = inputs(5)
     log_keep.requires_grad_()

@@ -16,6 +16,8 @@ def gate(
     if documents is not None:
         allowed = allowed & (documents[:, :, None] == documents[:, None, :])
     bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, -torch.inf)
+    if log_keep is not None and log_keep.requires_grad and not q.requires_grad:
+        q = q.detach().requires_grad_()  # CUDA's SDPA keeps what a mask's gradient needs for those of q, k and v alone
     outs = []
     for h, q_head in enumerate(q.chunk(heads, dim=1)):
         mask = bias

@@ -63,7 +63,7 @@ def draw(study: Study, cell: Cell, done: tuple[Line | None, Sequence[Line]], eng
             "kv_memory": study.kv_memory,
             "rows": study.rows,
         }
-        yield [wanted(study, cell) | about | environment(llm.model.device)]
+        yield [wanted(study, cell) | about | environment(llm.model.device) | {"commit": study.commit or commit()}]
     for i in range(0, len(left), study.batch):
         yield _batch(study, cell, left[i : i + study.batch], llm)
 
@@ -79,7 +79,7 @@ def _batch(study: Study, cell: Cell, problems: list[Problem], llm: LLM) -> list[
     pool = llm.engine.runner.ragged.pool
     parts = [[_parts(c, slots=pool.pages * pool.page_size, rows=study.rows) for c in chains] for chains in drawn]
     rate = seconds / sum(own[-1] for each in parts for own in each)
-    task, lengths, made = study.task(cell.task), sorted(study.lengths), commit()
+    task, lengths, made = study.task(cell.task), sorted(study.lengths), study.commit or commit()
     return [
         _line(task, problem, chains, lengths, [own * rate for own in each], texts=study.scorer is not None)
         | {"commit": made}

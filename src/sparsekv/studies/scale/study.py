@@ -50,6 +50,8 @@ class Study:
     batch: int = 32
     """Problems that are drawn, and kept, at once."""
     enforce_eager: bool = False
+    commit: str | None = None
+    """This repository's commit, for the results, where the run has no git to ask."""
     rule: str = "vote"
     """What W chains amount to: "vote" (pass@all on tasks that are verified), or with a scorer "weighted" or "best"."""
     scorer: dict[str, Any] | None = None

@@ -94,6 +94,7 @@ def _table(study: Study, out: Path, cells: Sequence[Cell]) -> Table | None:
         "seconds": each["seconds"],
         "tokens": each["tokens"],
     }
+    commits = dict.fromkeys(line["commit"] or "unknown" for own in seeds for line in own)
     return Table(
         cell=cells[0],
         voted=header["voted"],
@@ -101,7 +102,7 @@ def _table(study: Study, out: Path, cells: Sequence[Cell]) -> Table | None:
         accuracy=accuracy,
         costs={name: value[:, None, :] * widths for name, value in costs.items()},
         chains=_chains([line for own in seeds for line in own]),
-        about=header | {"commit": ", ".join(dict.fromkeys(line["commit"] for own in seeds for line in own))},
+        about=header | {"commit": ", ".join(commits)},
     )
 
 
