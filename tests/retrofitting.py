@@ -11,7 +11,7 @@ from sparsekv.retrofit.config import RetrofitConfig
 from sparsekv.retrofit.data.documents import read_all
 from sparsekv.retrofit.data.rows import Blend, blend
 from sparsekv.retrofit.run import load_for_training, load_teacher
-from sparsekv.retrofit.trainer import RetrofitTrainer, train
+from sparsekv.retrofit.training.trainer import RetrofitTrainer, train
 
 Configure = Callable[..., RetrofitConfig]
 

@@ -20,13 +20,13 @@ from sparsekv.cli.main import app
 from sparsekv.modeling.adapter import read_adapter
 from sparsekv.modeling.load import load_model
 from sparsekv.retrofit import __main__ as entry
-from sparsekv.retrofit.checkpoint import reason
 from sparsekv.retrofit.config import RetrofitConfig, save_config
 from sparsekv.retrofit.data.documents import read_all
 from sparsekv.retrofit.data.rows import blend
 from sparsekv.retrofit.export import export
 from sparsekv.retrofit.run import load_for_training, load_result, load_teacher, prepare_output, run
-from sparsekv.retrofit.trainer import adapter_config, train
+from sparsekv.retrofit.training.checkpoint import reason
+from sparsekv.retrofit.training.trainer import adapter_config, train
 
 Configure = Callable[..., RetrofitConfig]
 EVALUATION = {"ratios": [1, 2], "rows": 2, "length": 128, "items": 1, "contexts": [256], "batch": 2}

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsekv.assets.embedded import resolve_model
 from sparsekv.modeling.adapter import HEAD, PREFIX, AdapterConfig, load_adapter, write_adapter
 from sparsekv.modeling.lora import MergedLora
-from sparsekv.retrofit.checkpoint import reason
-from sparsekv.retrofit.peft import peft_name
+from sparsekv.retrofit.training.checkpoint import reason
+from sparsekv.retrofit.training.peft import peft_name
 
 MODEL_FOLDER = "model"
 STUDENT = "student."

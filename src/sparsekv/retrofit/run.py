@@ -32,15 +32,15 @@ from sparsekv.modeling.load import load_model, load_tokenizer
 from sparsekv.modeling.tensor_parallel import check_shared
 from sparsekv.provenance import environment
 from sparsekv.retrofit.card import model_card
-from sparsekv.retrofit.checkpoint import CHECKPOINTS, told
 from sparsekv.retrofit.config import RetrofitConfig, load_config, save_config
 from sparsekv.retrofit.data.config import describe_data, texts_of
 from sparsekv.retrofit.data.documents import Documents, read_all
 from sparsekv.retrofit.data.documents import held_out as held_out_of
 from sparsekv.retrofit.data.rows import blend
 from sparsekv.retrofit.export import MODEL_FOLDER, export
-from sparsekv.retrofit.metrics import METRICS_FILE
-from sparsekv.retrofit.trainer import adapter_config, train
+from sparsekv.retrofit.training.checkpoint import CHECKPOINTS, told
+from sparsekv.retrofit.training.metrics import METRICS_FILE
+from sparsekv.retrofit.training.trainer import adapter_config, train
 
 CONFIG_COPY, EVAL_FILE, CARD_FILE = "config.yaml", "eval.json", "README.md"
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsekv.evals.problems.procedural import split_of
-from sparsekv.retrofit import recorded
+from sparsekv.retrofit.training import recorded
 from sparsekv.studies.reasoning.__main__ import main
 from sparsekv.studies.reasoning.chats import encode, prompt_ids
 from sparsekv.studies.reasoning.config import load

@@ -31,8 +31,8 @@ from sparsekv.modeling.attach import attach
 from sparsekv.modeling.compiled import compiled_layers
 from sparsekv.provenance import environment
 from sparsekv.retrofit.config import RetrofitConfig, parse_config
-from sparsekv.retrofit.distill import Distillation, Draw
-from sparsekv.retrofit.trainer import make_trainable
+from sparsekv.retrofit.training.distill import Distillation, Draw
+from sparsekv.retrofit.training.trainer import make_trainable
 
 Line = dict[str, Any]
 

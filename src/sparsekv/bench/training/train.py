@@ -27,8 +27,8 @@ from sparsekv.modeling.compiled import compiled_layers
 from sparsekv.modeling.split import SplitModel
 from sparsekv.ops.gate import gate
 from sparsekv.provenance import environment
-from sparsekv.retrofit.distill import marked_fractions
-from sparsekv.retrofit.recorded import WARM_UPS, Recorded
+from sparsekv.retrofit.training.distill import marked_fractions
+from sparsekv.retrofit.training.recorded import WARM_UPS, Recorded
 
 WINDOW = 64
 TIMED_LAYERS = (4, 8)

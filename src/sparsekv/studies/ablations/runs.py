@@ -23,7 +23,7 @@ from sparsekv.modeling.attach import heads
 from sparsekv.retrofit import run as retrofit
 from sparsekv.retrofit.data.config import texts_of
 from sparsekv.retrofit.data.documents import held_out, read_all
-from sparsekv.retrofit.metrics import METRICS_FILE
+from sparsekv.retrofit.training.metrics import METRICS_FILE
 from sparsekv.studies.ablations.controls import CONTROLS
 from sparsekv.studies.ablations.study import BASE, Run, Study
 from sparsekv.studies.runner import Say, missing, to_stderr

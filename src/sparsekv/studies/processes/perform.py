@@ -21,9 +21,9 @@ from sparsekv.bench.timing import median
 from sparsekv.bench.training.launch import command_of, last_words, start
 from sparsekv.json_lines import append, parsed, read_lines, whole
 from sparsekv.modeling.adapter import read_adapter
-from sparsekv.retrofit.checkpoint import newest
 from sparsekv.retrofit.config import load_config, parse_config, save_config
-from sparsekv.retrofit.metrics import METRICS_FILE
+from sparsekv.retrofit.training.checkpoint import newest
+from sparsekv.retrofit.training.metrics import METRICS_FILE
 from sparsekv.studies.processes import runs as table
 from sparsekv.studies.processes.compare import Line, compared
 from sparsekv.studies.processes.runs import RUNS, WAVES, Run, widen

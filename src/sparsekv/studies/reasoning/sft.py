@@ -27,8 +27,8 @@ from sparsekv.modeling.compiled import compiled_layers
 from sparsekv.modeling.load import load_model
 from sparsekv.modeling.split import SplitModel
 from sparsekv.ops.transfer import upload
-from sparsekv.retrofit import checkpoint
-from sparsekv.retrofit.recorded import Recorded
+from sparsekv.retrofit.training import checkpoint
+from sparsekv.retrofit.training.recorded import Recorded
 from sparsekv.studies.reasoning import data
 from sparsekv.studies.reasoning.chats import TEMPLATE
 from sparsekv.studies.reasoning.config import ReasoningConfig

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from sparsekv.retrofit.config import parse_config
-from sparsekv.retrofit.target import Progress, channel_kept, step_target
+from sparsekv.retrofit.training.target import Progress, channel_kept, step_target
 
 BASE = {"model": "m", "output": "o", "data": [{"kind": "text", "names": ["t"]}], "steps_per_cr": 100, "max_cr": 8}
 

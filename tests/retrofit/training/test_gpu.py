@@ -13,11 +13,11 @@ from retrofitting import Configure, trained
 from sparsekv.evals.corpus import Corpus
 from sparsekv.evals.forward import read
 from sparsekv.modeling.split import SplitModel
-from sparsekv.retrofit import recorded
 from sparsekv.retrofit.config import RetrofitConfig
 from sparsekv.retrofit.data.documents import read_all
 from sparsekv.retrofit.data.rows import blend
-from sparsekv.retrofit.trainer import train
+from sparsekv.retrofit.training import recorded
+from sparsekv.retrofit.training.trainer import train
 
 pytestmark = pytest.mark.gpu
 

@@ -17,12 +17,12 @@ from sparsekv.modeling import contexts
 from sparsekv.modeling.adapter import read_adapter
 from sparsekv.modeling.attach import attachment_of
 from sparsekv.modeling.load import load_model
-from sparsekv.retrofit import checkpoint
 from sparsekv.retrofit.config import RetrofitConfig
 from sparsekv.retrofit.data.rows import Blend
-from sparsekv.retrofit.distill import Distillation, Draw, marked_fractions
-from sparsekv.retrofit.metrics import blocks
-from sparsekv.retrofit.trainer import make_trainable, train
+from sparsekv.retrofit.training import checkpoint
+from sparsekv.retrofit.training.distill import Distillation, Draw, marked_fractions
+from sparsekv.retrofit.training.metrics import blocks
+from sparsekv.retrofit.training.trainer import make_trainable, train
 
 
 def test_steps_move_the_heads_and_only_the_heads(configure: Configure) -> None:

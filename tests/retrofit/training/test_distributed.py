@@ -19,11 +19,11 @@ import distributing
 from distributing import fork, free_port
 from retrofitting import Configure, trained
 from sparsekv.modeling.adapter import HEAD, PREFIX, read_adapter
-from sparsekv.retrofit.checkpoint import CHECKPOINTS
 from sparsekv.retrofit.config import RetrofitConfig, save_config
 from sparsekv.retrofit.run import check_processes, run
+from sparsekv.retrofit.training.checkpoint import CHECKPOINTS
 
-FSDP2 = Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp2.yaml"
+FSDP2 = Path(__file__).parents[3] / "configs" / "accelerate" / "fsdp2.yaml"
 
 
 def launched(config: RetrofitConfig, folder: Path) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from retrofitting import Configure, trainer_of
-from sparsekv.retrofit import recorded
-from sparsekv.retrofit.recorded import WARM_UPS, Recorded
+from sparsekv.retrofit.training import recorded
+from sparsekv.retrofit.training.recorded import WARM_UPS, Recorded
 
 SYNCS = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal")
 

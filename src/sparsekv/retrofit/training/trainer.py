@@ -35,15 +35,15 @@ from sparsekv.modeling.attach import attachment_of, heads
 from sparsekv.modeling.compiled import compiled_layers
 from sparsekv.modeling.queries.dmc import clear_channel
 from sparsekv.policies.dms import DMSPolicy
-from sparsekv.retrofit import checkpoint as checkpoints
 from sparsekv.retrofit.config import RetrofitConfig
 from sparsekv.retrofit.data.rows import Blend
-from sparsekv.retrofit.distill import Distillation, Draw
 from sparsekv.retrofit.export import export
-from sparsekv.retrofit.metrics import MetricsCallback
-from sparsekv.retrofit.peft import add_lora
-from sparsekv.retrofit.recorded import Recorded
-from sparsekv.retrofit.target import Progress, channel_kept, step_target
+from sparsekv.retrofit.training import checkpoint as checkpoints
+from sparsekv.retrofit.training.distill import Distillation, Draw
+from sparsekv.retrofit.training.metrics import MetricsCallback
+from sparsekv.retrofit.training.peft import add_lora
+from sparsekv.retrofit.training.recorded import Recorded
+from sparsekv.retrofit.training.target import Progress, channel_kept, step_target
 
 
 def train(

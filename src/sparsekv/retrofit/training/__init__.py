@@ -1,0 +1,1 @@
+"""The training run: its loss, its steps, and what is kept of them."""
