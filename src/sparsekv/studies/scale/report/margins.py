@@ -41,7 +41,7 @@ class Compared:
     """How many are in it."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
 def compare(
