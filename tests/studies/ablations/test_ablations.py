@@ -137,7 +137,8 @@ def test_the_committed_study_of_broader_data_loads_and_every_run_is_shown() -> N
     study = load_study(ROOT / "configs/ablations-broad.yaml")
     assert {name for picture in study.pictures for name in picture.runs} == set(study.runs)
     for name, run in study.runs.items():
-        steps, tokens = {"both to 16": 180}.get(name, 1900 if name.startswith("long") else 175), 8 * 2048
+        others = {"both to 16": 180, "long at 12": 1900, "long at random ratios": 1900}
+        steps, tokens = others.get(name, 175), 8 * 2048
         assert run.config.steps * run.config.batch * run.config.length == steps * tokens
         assert "," not in name  # --only takes names with commas between
 

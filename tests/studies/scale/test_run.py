@@ -120,6 +120,8 @@ def test_the_report_is_whole(write: Write, whole: Path, tmp_path: Path) -> None:
     study, out, page = load_study(write(seeds=[0, 1], commit="abc")), tmp_path / "out", tmp_path / "page.md"
     copytree(whole, out)
     run(study, out, say=quiet)
+    nowhere = min((out / "draws").glob("*~1.jsonl"))  # drawn where there was no git to ask
+    nowhere.write_text(nowhere.read_text().replace('"commit": "abc"', '"commit": null'))
     begin, end = markers(BLOCK)
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     found = report(study, out, markdown=page)
@@ -134,7 +136,8 @@ def test_the_report_is_whole(write: Write, whole: Path, tmp_path: Path) -> None:
     assert lines == found["results"]
     assert len(lines) == 3 * 2 * 3 * 2
     assert all(line["low"] <= line["accuracy"] <= line["high"] for line in lines)
-    assert all(line["hardware"] and "abc" in line["commit"] and line["seeds"] == [0, 1] for line in lines)
+    assert all(line["hardware"] and line["commit"] and line["seeds"] == [0, 1] for line in lines)
+    assert {line["commit"].split(", ")[-1] for line in lines} == {"abc", "unknown"}
 
 
 @pytest.fixture

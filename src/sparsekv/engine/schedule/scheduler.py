@@ -235,13 +235,13 @@ class Scheduler:
         if spare < max(at_least, heads * together):
             return False
         slots = 2 * spare * self.ledger.page_size * self.ratio
-        each = min(self.written, max(s.request.most_new for s in newcomers))
         if slots >= heads * together * max(self.written, self.ledger.page_size):
             return True  # whatever they have written
         if self._outlook is None:
             growing = self.ledger.growing([s.row_() for s in self.running]) if self.running else heads
             least = self.ledger.page_size
             self._outlook = Outlook.of(self.running, expected=self.written, least=least, growing=growing)
+        each = min(self.written, max(s.request.most_new for s in newcomers))
         more = together - len(self._outlook.left)  # newcomers of this step run already
         return slots >= self._outlook.growing * self._outlook.tokens(more, each)
 
