@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -179,6 +180,9 @@ def test_buckets() -> None:
     assert buckets_up_to(6) == [2, 4, 6]
     assert buckets_up_to(64) == [2, 4, 8, 16, 32, 48, 64]
     assert buckets_up_to(300)[-3:] == [224, 256, 300]
+    many = buckets_up_to(2048)
+    assert many[-5:] == [1024, 1280, 1536, 1792, 2048] and len(many) < 30
+    assert all(b - a <= max(a // 4, 32) for a, b in pairwise(many))
 
 
 def test_what_cannot_be_recorded_says_why() -> None:

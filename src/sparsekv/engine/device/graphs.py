@@ -26,8 +26,11 @@ front have ended (programmatic dependent launch, where the device has it)."""
 
 
 def buckets_up_to(rows: int) -> list[int]:
-    """2, 4, 8, 16, 32, 48, ... and rows itself: a padded place costs little, a recording some tenths of a second."""
-    sizes = [2, 4, 8, 16, 32, 48, 64, *range(96, 256, 32), *range(256, rows + 1, 64)]
+    """2, 4, 8, 16, 32, 48, 64, 96, ..., about a quarter apart, and rows itself: a padded place costs little, a recording
+    some tenths of a second."""
+    sizes = [2, 4, 8, 16, 32, 48, 64]
+    while sizes[-1] < rows:
+        sizes.append(sizes[-1] + max(32, 2 ** (sizes[-1].bit_length() - 3)))
     return [*(size for size in sizes if size < rows), rows]
 
 

@@ -10,6 +10,7 @@ Difficulty: how many random walks it takes on average.
 import random
 from dataclasses import dataclass
 from itertools import pairwise
+from math import fsum
 from typing import Any, ClassVar
 
 from sparsekv.evals.problems.base import Problem
@@ -41,7 +42,7 @@ class Paths(Procedural):
     def fits(self, data: dict[str, Any]) -> bool:
         """By the chance that a random walk succeeds, exactly."""
         near = _neighbours(data)
-        chance = sum(_success(near, (start,)) for start in NODES) / len(NODES)
+        chance = fsum(_success(near, (start,)) for start in NODES) / len(NODES)
         return within(self.level, 1 / chance)
 
     def written(self, problem: Problem) -> str:
@@ -80,7 +81,7 @@ def _success(near: dict[str, list[str]], walk: tuple[str, ...]) -> float:
     if len(walk) == len(NODES):
         return 1.0
     options = [x for x in near[walk[-1]] if x not in walk]
-    return sum(_success(near, (*walk, x)) for x in options) / len(options) if options else 0.0
+    return fsum(_success(near, (*walk, x)) for x in options) / len(options) if options else 0.0  # in any Python alike
 
 
 def _listed(nodes: Any) -> str:
