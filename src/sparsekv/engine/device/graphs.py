@@ -26,8 +26,8 @@ front have ended (programmatic dependent launch, where the device has it)."""
 
 
 def buckets_up_to(rows: int) -> list[int]:
-    """2, 4, 8, 16, 32, 48, 64, 96, ..., about a quarter apart, and rows itself: a padded place costs little, a recording
-    some tenths of a second."""
+    """2, 4, 8, 16, 32, 48, 64, 96, ..., about a quarter apart, and rows itself: a padded place costs little, and a
+    recording some tenths of a second."""
     sizes = [2, 4, 8, 16, 32, 48, 64]
     while sizes[-1] < rows:
         sizes.append(sizes[-1] + max(32, 2 ** (sizes[-1].bit_length() - 3)))
