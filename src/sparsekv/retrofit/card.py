@@ -28,12 +28,16 @@ def model_card(adapter: AdapterConfig, config: RetrofitConfig, results: dict[str
         f"minutes on {made['hardware']} (torch {made['torch']}); of the rows {describe_data(config.data)}, some of "
         f"each text held out. Window {config.window}, "
         f"lag {config.lag}, learning rate {config.lr:g}, seed {config.seed}, commit {made['commit']}. Everything is in "
-        "`config.yaml`, every step in `metrics.jsonl`.\n",
+        f"`config.yaml`, {_logged(config)} in `metrics.jsonl`.\n",
         "## Offsets\n\n" + _offsets(adapter),
     ]
     if results is not None:
         parts.append(_evaluation(results))
     return "\n".join(parts)
+
+
+def _logged(config: RetrofitConfig) -> str:
+    return "every step" if config.log_every == 1 else f"one step in {config.log_every}"
 
 
 def untrained_texts(results: dict[str, Any]) -> list[str]:

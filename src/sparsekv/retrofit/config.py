@@ -136,6 +136,8 @@ class RetrofitConfig:
     seed: int = 0
     save_every: int = 100
     """Steps between checkpoints."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl; the last step has one."""
     stall_steps: int = 200
     """Stop where the fraction of marks has not risen over so many steps though it is below the target."""
     tensorboard: bool = False
@@ -196,7 +198,8 @@ class RetrofitConfig:
         for name in ("tau", "lr", "base_lr", "clip"):
             value = getattr(self, name)
             _need(value is None or value > 0, f"{name} is {value or 0:g}; use more than 0")
-        counts = ("steps_per_cr", "batch", "accumulate", "save_every", "stall_steps", "max_steps", "tensor_parallel")
+        counts = ("steps_per_cr", "batch", "accumulate", "save_every", "log_every", "stall_steps")
+        counts += ("max_steps", "tensor_parallel")
         for name in counts:
             value = getattr(self, name)
             _need(value is None or value >= 1, f"{name} is {value}; use at least 1")
@@ -228,7 +231,7 @@ class RetrofitConfig:
 
     def training_keys(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that resumes it."""
-        free = {"output", "save_every", "stall_steps", "tensorboard", "accumulate", "tensor_parallel"}
+        free = {"output", "save_every", "log_every", "stall_steps", "tensorboard", "accumulate", "tensor_parallel"}
         free |= {"gradient_checkpointing", "device", "commit", "calibration", "evaluation"}
         return {key: value for key, value in asdict(self).items() if key not in free}
 

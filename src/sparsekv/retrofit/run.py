@@ -39,7 +39,7 @@ from sparsekv.retrofit.data.documents import held_out as held_out_of
 from sparsekv.retrofit.data.rows import blend
 from sparsekv.retrofit.export import MODEL_FOLDER, export
 from sparsekv.retrofit.training.checkpoint import CHECKPOINTS, told
-from sparsekv.retrofit.training.metrics import METRICS_FILE
+from sparsekv.retrofit.training.metrics import METRICS_FILE, total_seconds
 from sparsekv.retrofit.training.trainer import adapter_config, train
 
 CONFIG_COPY, EVAL_FILE, CARD_FILE = "config.yaml", "eval.json", "README.md"
@@ -201,14 +201,14 @@ def _train(documents: list[Documents], config: RetrofitConfig, *, say: Say) -> N
     weights = train(model, rows, config, teacher=teacher, progress=PartialState().is_main_process)
     if not PartialState().is_main_process:
         return
-    steps = read_lines(Path(config.output) / METRICS_FILE)
+    lines = read_lines(Path(config.output) / METRICS_FILE)
     made = adapter_config(
         model,
         config,
         steps=config.steps,
         final_cr=config.final_cr,
-        minutes=round(sum(step["seconds"] for step in steps) / 60, 2),
-        marked=round(steps[-1]["fraction"], 4),
+        minutes=round(total_seconds(lines) / 60, 2),
+        marked=round(lines[-1]["fraction"], 4),
         **origin,
     )
     with told(Path(config.output)):

@@ -1,5 +1,6 @@
 """The trainer: what it teaches, what it stops at, and that a killed run goes on as if nothing had happened."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,21 @@ from sparsekv.retrofit.config import RetrofitConfig
 from sparsekv.retrofit.data.rows import Blend
 from sparsekv.retrofit.training import checkpoint
 from sparsekv.retrofit.training.distill import Distillation, Draw, marked_fractions
-from sparsekv.retrofit.training.metrics import blocks
+from sparsekv.retrofit.training.metrics import blocks, total_seconds
 from sparsekv.retrofit.training.trainer import make_trainable, train
+
+
+def test_lines_of_every_other_step_and_of_the_last_tell_what_a_step_took(configure: Configure) -> None:
+    config = configure(lr=0.05, max_steps=5, log_every=2)
+    started = time.monotonic()
+    _, metrics = trained(config)
+    assert [line["step"] for line in metrics] == [2, 4, 5]
+    steps = [2, 2, 1]
+    whole = sum(line["seconds"] * count for line, count in zip(metrics, steps, strict=True))
+    assert 0 < whole <= time.monotonic() - started
+    assert total_seconds(metrics) == pytest.approx(whole)
+    again = configure(lr=0.05, max_steps=5, output=config.output + "-whole")
+    assert [line["loss"] for line in trained(again)[1]][1::2] == [line["loss"] for line in metrics[:2]]
 
 
 def test_steps_move_the_heads_and_only_the_heads(configure: Configure) -> None:

@@ -203,7 +203,8 @@ class RetrofitTrainer(Trainer):
                 f"one process sees {arguments.n_gpu} GPUs: start one for each with `accelerate launch`, or name one in "
                 "CUDA_VISIBLE_DEVICES"
             )
-        metrics = MetricsCallback(Path(config.output), progress=progress, tensorboard=config.tensorboard)
+        shown = {"progress": progress, "tensorboard": config.tensorboard}
+        metrics = MetricsCallback(Path(config.output), every=config.log_every, **shown)
         distillation: Any = Distillation(model, config, teacher=teacher)
         distillation._is_accelerate_prepared = config.tensor_parallel > 1  # gradients are whole everywhere: no DDP
         callbacks = [metrics, Family(self)]

@@ -65,15 +65,15 @@ def _lines(run: Run, base: Run, out: Path, say: Say) -> list[dict[str, Any]]:
         retrofit.run(config, say=say)
     trained = time.monotonic() - started
     scores, about = _measure(run, base, folder, say)
-    steps = read_lines(folder / METRICS_FILE)
+    lines = read_lines(folder / METRICS_FILE)
     _free()
     shared = {
         "run": run.name,
         "changes": run.changes,
         "config": run.config.training_keys(),
         "seed": run.config.seed,
-        "steps": len(steps) if run.checkpoint is None else config.steps_to(run.checkpoint),
-        "seconds_per_step": round(statistics.median(step["seconds"] for step in steps), 4),
+        "steps": config.steps if run.checkpoint is None else config.steps_to(run.checkpoint),
+        "seconds_per_step": round(statistics.median(line["seconds"] for line in lines), 4),
         "seconds": round(trained, 1),
         "date": time.strftime("%Y-%m-%d"),
         **about,
