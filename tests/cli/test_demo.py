@@ -186,8 +186,10 @@ def test_an_adapter_is_found_here_first(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_what_the_demo_claims_on_the_embedded_model(run, tmp_path, monkeypatch):
-    """On the whole context, at ratio 4; what is predicted and said after it is shorter: one core needs minutes."""
-    monkeypatch.setattr(demo, "METHODS", [m for m in demo.METHODS if m not in (("dms", 2.0), ("dms", 8.0))])
+    """On the whole context, dense, DMS and random at ratio 4; what is predicted and said after it is shorter: one core
+    needs minutes."""
+    left_out = ("dms", 2.0), ("dms", 8.0), ("streaming", 4.0)
+    monkeypatch.setattr(demo, "METHODS", [method for method in demo.METHODS if method not in left_out])
     monkeypatch.setattr(demo, "CONTINUATION", 64)
     monkeypatch.setattr(demo, "GENERATE", 16)
     outcome = run("demo", "--out", tmp_path / "demo", "--json")
@@ -200,10 +202,10 @@ def test_what_the_demo_claims_on_the_embedded_model(run, tmp_path, monkeypatch):
     for name in ("cache.png", "inspect.html", "config.yaml"):
         assert (tmp_path / "demo" / name).stat().st_size > 0
     runs = {run["ratio_asked"]: run for run in results["runs"] if run["policy"] in ("dense", "dms")}
-    others = [run for run in results["runs"] if run["policy"] in ("random", "streaming")]
+    (other,) = [run for run in results["runs"] if run["policy"] not in ("dense", "dms")]
     assert set(runs) == {1, 4}
-    assert [run["policy"] for run in others] == ["random", "streaming"]
-    for ratio, measured in [*runs.items(), *((4, run) for run in others)]:
+    assert other["policy"] == "random"
+    for ratio, measured in [*runs.items(), (4, other)]:
         assert measured["ratio_held"] == pytest.approx(ratio, rel=0.1)
     dense = runs[1]
     assert dense["right"]
@@ -211,5 +213,5 @@ def test_what_the_demo_claims_on_the_embedded_model(run, tmp_path, monkeypatch):
     assert runs[4]["kv_bytes"] < 0.3 * dense["kv_bytes"]
     assert runs[4]["kv_reads"] < 0.3 * dense["kv_reads"]
     assert runs[4]["perplexity"] < 1.05 * dense["perplexity"]
-    assert all(runs[4]["perplexity"] < run["perplexity"] for run in others)
+    assert runs[4]["perplexity"] < other["perplexity"]
     assert Path(results["adapter"]).name == demo.MODEL

@@ -76,4 +76,4 @@ def test_unknown_names():
     with pytest.raises(ValueError, match="no split"):
         get("times-4").problems("dev", 1)
     with pytest.raises(ValueError, match="distinct"):
-        get("times-2").problems("test", 5000)
+        get("times-2").problems("test", 1000)

@@ -49,7 +49,7 @@ def test_head_sizes_groups_and_types(dim, group, dtype):
     assert_right(scene(45, dim=dim, group=group, heads=2, dtype=dtype, window=7), config=SMALL)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     length=st.sampled_from([1, 15, 16, 17, 31, 33, 63]),
     window=st.sampled_from([1, 2, 16, 17, 40, 200]),
