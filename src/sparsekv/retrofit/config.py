@@ -198,9 +198,8 @@ class RetrofitConfig:
         for name in ("tau", "lr", "base_lr", "clip"):
             value = getattr(self, name)
             _need(value is None or value > 0, f"{name} is {value or 0:g}; use more than 0")
-        counts = ("steps_per_cr", "batch", "accumulate", "save_every", "log_every", "stall_steps")
-        counts += ("max_steps", "tensor_parallel")
-        for name in counts:
+        counts = "steps_per_cr batch accumulate save_every log_every stall_steps max_steps tensor_parallel"
+        for name in counts.split():
             value = getattr(self, name)
             _need(value is None or value >= 1, f"{name} is {value}; use at least 1")
 

@@ -1,5 +1,6 @@
 """metrics.jsonl, a progress bar and TensorBoard for whoever watches a run. Of the first process only."""
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparsekv.json_lines import Line, append, parsed, whole
+from sparsekv.json_lines import Line, append, whole
 
 METRICS_FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
@@ -25,7 +26,7 @@ class MetricsCallback(TrainerCallback):
     Raises ValueError for tensorboard where the package is not installed.
     """
 
-    def __init__(self, output: Path, *, every: int = 1, progress: bool, tensorboard: bool = False) -> None:
+    def __init__(self, output: Path, *, every: int, progress: bool, tensorboard: bool = False) -> None:
         self.path = output / METRICS_FILE
         self.every = every
         self.progress = progress
@@ -44,9 +45,9 @@ class MetricsCallback(TrainerCallback):
         """Forget lines of steps that will be made again."""
         if not state.is_world_process_zero:
             return
-        lines = parsed(whole(self.path.read_text()), name=self.path) if self.path.exists() else []
-        self.path.write_text("")
-        append(self.path, [line for line in lines if line["step"] <= state.global_step])
+        lines = whole(self.path.read_text()).splitlines() if self.path.exists() else []
+        made = (line for line in lines if json.loads(line)["step"] <= state.global_step)
+        self.path.write_text("".join(line + "\n" for line in made))
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=not self.progress)
         self.bar.mininterval = 0.5 if sys.stderr.isatty() else 15  # a log file wants a line now and then
         self.started, self.written = time.monotonic(), state.global_step

@@ -203,8 +203,9 @@ class RetrofitTrainer(Trainer):
                 f"one process sees {arguments.n_gpu} GPUs: start one for each with `accelerate launch`, or name one in "
                 "CUDA_VISIBLE_DEVICES"
             )
-        shown = {"progress": progress, "tensorboard": config.tensorboard}
-        metrics = MetricsCallback(Path(config.output), every=config.log_every, **shown)
+        metrics = MetricsCallback(
+            Path(config.output), every=config.log_every, progress=progress, tensorboard=config.tensorboard
+        )
         distillation: Any = Distillation(model, config, teacher=teacher)
         distillation._is_accelerate_prepared = config.tensor_parallel > 1  # gradients are whole everywhere: no DDP
         callbacks = [metrics, Family(self)]
